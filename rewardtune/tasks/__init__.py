@@ -1,0 +1,42 @@
+"""Tasks: one file per thing that can be trained. `train.py` drives any of them and knows none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from rewardtune.types import StepOutput
+
+
+class Task(Protocol):
+    """What the loop asks of an algorithm. The loop owns optimiser, accumulation, clipping, checkpoints and logging.
+
+    A micro-batch is named by its optimiser step and the global indices of its samples, so a resumed run or another
+    number of processes sees the same data; no iterator state exists.
+    """
+
+    trainable: Mapping[str, nn.Module]
+    """Modules that hold the trained parameters (requires_grad=True) beside frozen ones; keys name them in checkpoints."""
+
+    def batch(self, step: int, indices: Sequence[int]) -> Any:
+        """Collect, without gradient, the samples with these global indices (step * global batch + position)."""
+        ...
+
+    def step(self, batch: Any) -> StepOutput:
+        """Mean loss over the micro-batch, with graph."""
+        ...
+
+    def samples(self) -> Tensor | None:
+        """Images of the recipe's fixed prompts and seeds under the current weights, (N, 3, H, W) in [0, 1]; or None."""
+        ...
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Held-out numbers under the current weights; may be empty."""
+        ...
+
+    def export(self, folder: Path, provenance: Mapping[str, str]) -> None:
+        """Write what the next stage or another tool loads into the empty `folder`, and check that it reloads."""
+        ...
