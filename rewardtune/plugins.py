@@ -23,7 +23,7 @@ class Options(BaseModel):
 
 @dataclass(frozen=True)
 class RewardCard:
-    """What is known of a reward without loading it. Plain data: reading it imports no torch (settled.md 4)."""
+    """What is known of a reward without loading it. Plain data: reading it imports no torch."""
 
     name: str
     summary: str
@@ -97,7 +97,7 @@ class Pipeline(Protocol):
     pipe: Any
     """The diffusers pipeline itself; its modules are the ones trained."""
     scheduler: Any
-    """The checkpoint's own scheduler (settled.md 1)."""
+    """The checkpoint's own scheduler."""
     image_size: tuple[int, int]
     """Height and width that a recipe gets when it names none."""
     trainable: Mapping[str, nn.Module]

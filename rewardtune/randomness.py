@@ -1,4 +1,4 @@
-"""Randomness keyed by (seed, stream, step, index): never by rank, never by what was drawn before (settled.md 6).
+"""Randomness keyed by (seed, stream, step, index): never by rank, never by what was drawn before.
 
 The same key gives the same numbers on a resumed run, with another number of processes, and in another order.
 """

@@ -207,6 +207,8 @@ class TrainSection(Section):
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Exponential moving average over the trained tensors; exported instead of them when given."""
     gradient_checkpointing: bool = False
+    compile: bool = False
+    """torch.compile the denoiser's repeated blocks: minutes of start-up, then faster steps."""
     device: str | None = None
     """cpu, cuda, cuda:1, mps; the best one there is when left out."""
 
@@ -249,6 +251,10 @@ class CompareSection(Section):
     """What `rewardtune compare` uses for this recipe when the command line names nothing else."""
 
     prompts: str | None = None
+    num_prompts: Positive | None = None
+    """Use only the first so many prompts of the file."""
+    seeds: Positive = 2
+    """Images of each prompt; diversity needs two."""
     rewards: list[RewardSection] = []
     judge: str | None = None
     steps: Positive = 20

@@ -32,7 +32,7 @@ class Score:
     """What a reward says of B images.
 
     value: (B,) float32, higher is better unless the card says otherwise.
-    distribution: (B, D, K) probabilities over `levels`, each row sums to 1; None for a scalar reward (settled: no K = 1).
+    distribution: (B, D, K) probabilities over `levels`, each row sums to 1; None for a scalar reward.
     levels: (K,) the value of each level; given with `distribution`.
     dimensions: the D names, in order; given with `distribution`.
     parts: name -> (B,) further numbers to log, e.g. one per dimension.

@@ -1,0 +1,92 @@
+"""`zreward`: a trained scorer as a reward, after Z-Reward (arXiv 2606.09076): four dimensions, nine levels, one pass.
+
+Named by recipes and `compare`; the forward pass is the engine's `scorer/model.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, Self
+
+from rewardtune.plugins import Options, RewardCard
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from rewardtune.scorer.model import Scorer
+    from rewardtune.types import Score
+
+DIMENSIONS = ("alignment", "realism", "aesthetics", "plausibility")
+
+
+class ZReward:
+    """The loaded reward: `value` is the mean over dimensions of the expected score (Eq. 16), with gradient."""
+
+    card = RewardCard(
+        name="zreward",
+        summary="distribution over nine score levels for alignment, realism, aesthetics and plausibility, read from a "
+        "vision-language model in one forward pass; pictures are resized to the scorer's resolution, bicubic with "
+        "antialiasing",
+        differentiable=True,
+        needs_prompt=True,
+        range=(1.0, 5.0),
+        native_resolution=64,
+        licence_weights="Apache-2.0",
+        requires=("transformers",),
+        dimensions=DIMENSIONS,
+        models={"pocket:zreward": "shipped"},
+    )
+
+    class Config(Options):
+        """Options of `zreward`."""
+
+        checkpoint: str = "pocket:zreward"
+        """A scorer's export, a folder, `pocket:<name>` or a hub id."""
+        revision: str | None = None
+        """Commit, tag or branch of a hub id."""
+        rubric: str | None = None
+        """A rubric.json to use instead of the checkpoint's own."""
+        dtype: Literal["float32", "bfloat16"] = "float32"
+        """Dtype of the weights; probabilities are float32 in either case."""
+
+    def __init__(self, scorer: Scorer, *, checkpoint: str, revision: str | None) -> None:
+        geometry, values = scorer.geometry, scorer.rubric.values
+        fixed = geometry.min_pixels == geometry.max_pixels
+        self.scorer = scorer
+        self.card = replace(
+            type(self).card,
+            range=(values[0], values[-1]),
+            dimensions=scorer.dimensions,
+            native_resolution=round(geometry.max_pixels**0.5) if fixed else None,
+            models={checkpoint: revision or ("shipped" if checkpoint.startswith("pocket:") else "local")},
+        )
+
+    @classmethod
+    def load(cls, config: Config, *, device: str | torch.device) -> Self:
+        """Load the scorer, frozen. Raises RecipeError when the checkpoint is none."""
+        import torch
+
+        from rewardtune.scorer.model import load_scorer
+
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+        scorer = load_scorer(
+            config.checkpoint, revision=config.revision, rubric=config.rubric, dtype=dtype, device=device
+        )
+        return cls(scorer, checkpoint=config.checkpoint, revision=config.revision)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Score:
+        """See `plugins.Reward`. Parts: the expected score of each dimension."""
+        from rewardtune.types import Score
+
+        distribution = self.scorer.distribution(images, prompts)
+        levels = self.scorer.levels.to(distribution.dtype)
+        means = distribution @ levels
+        return Score(
+            value=means.mean(-1),
+            distribution=distribution,
+            levels=levels,
+            dimensions=self.scorer.dimensions,
+            parts={name: means[:, d] for d, name in enumerate(self.scorer.dimensions)},
+        )

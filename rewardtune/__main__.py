@@ -1,0 +1,5 @@
+"""`python -m rewardtune` is the console script."""
+
+from rewardtune.cli import main
+
+main()

@@ -1,0 +1,191 @@
+"""Recipe -> objects: the only place where names become things and sections become plain arguments."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from rewardtune import export, gradients, lora, objective, registry
+from rewardtune.data import read_captioned_images, read_prompts
+from rewardtune.errors import RecipeError
+from rewardtune.plugins import Guidance, Pipeline
+from rewardtune.randomness import generator
+from rewardtune.recipe import (
+    DirectRewardRecipe,
+    PipelineSection,
+    Recipe,
+    RewardSection,
+    RewardSftRecipe,
+    SampleSection,
+    SftRecipe,
+)
+from rewardtune.references import resolve
+from rewardtune.rollout import sample
+from rewardtune.scoring import RewardSet, Term, load_reward
+from rewardtune.tasks import Task
+from rewardtune.tasks.direct_reward import DirectReward
+from rewardtune.tasks.sft import Sft
+
+
+def build_task(recipe: Recipe, *, device: str) -> Task:
+    """Everything a recipe names, loaded and put together, ready for `train.train`."""
+    if isinstance(recipe, RewardSftRecipe):
+        from rewardtune.tasks.reward_sft import build_reward_sft
+
+        return build_reward_sft(recipe, device=device)
+    pipeline = load_pipeline(recipe.pipeline, device=device)
+    trainable = _trainable(pipeline, recipe)
+    if recipe.train.compile:
+        pipeline.pipe.transformer.compile_repeated_blocks()
+    samples = _sampler(pipeline, recipe.samples)
+    exporter = _exporter(pipeline, recipe)
+    if isinstance(recipe, SftRecipe):
+        return Sft(
+            pipeline,
+            trainable=trainable,
+            rows=read_captioned_images(recipe.data.manifest),
+            size=pipeline.image_size,
+            cache_latents=recipe.data.cache_latents,
+            caption_dropout=recipe.data.caption_dropout,
+            timestep_density=recipe.density,
+            seed=recipe.train.seed,
+            samples=samples,
+            export=exporter,
+        )
+    rollout = recipe.rollout
+    settings = recipe.gradient.model_dump(exclude={"method"})
+    method = gradients.load_method(recipe.gradient.method)
+    return DirectReward(
+        pipeline,
+        trainable=trainable,
+        prompts=read_prompts(recipe.data.prompts),
+        rewards=RewardSet([build_term(r, device=device) for r in recipe.rewards]),
+        method=lambda chain, noise, rng: method(chain, noise, rng, **settings),
+        num_steps=rollout.steps,
+        guidance=Guidance(rollout.guidance, rollout.guidance_scale, rollout.negative_prompt),
+        size=(rollout.height or pipeline.image_size[0], rollout.width or pipeline.image_size[1]),
+        seed=recipe.train.seed,
+        samples=samples,
+        export=exporter,
+    )
+
+
+def load_pipeline(section: PipelineSection, *, device: str) -> Pipeline:
+    """The adapter of a checkpoint's family, frozen, in fp32 on `device`."""
+    path = resolve(section.model)
+    name = section.family or find_family(path, section.revision)
+    plugin = registry.pipelines.load_class(name)
+    try:
+        config = plugin.Config(**section.options)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise RecipeError(f"pipeline.options do not fit the family {name!r}: {wrong}") from error
+    pipeline: Pipeline = plugin.load(path, config, revision=section.revision, dtype=torch.float32, device=device)
+    pipeline.pipe.set_progress_bar_config(disable=True)
+    for component in pipeline.pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False).eval()
+    return pipeline
+
+
+def find_family(path: str, revision: str | None) -> str:
+    """The family that recognises a checkpoint's `model_index.json`."""
+    index = read_model_index(path, revision)
+    for name in registry.pipelines.names():
+        if registry.pipelines.load_class(name).matches(index):
+            return name
+    raise RecipeError(
+        f"{path} is a {index.get('_class_name', 'unknown pipeline')}, which no family here recognises "
+        f"({', '.join(registry.pipelines.names())}). Name one with pipeline.family if it works alike."
+    )
+
+
+def read_model_index(path: str, revision: str | None) -> Mapping[str, Any]:
+    """`model_index.json` of a folder or a hub id. Raises RecipeError where there is none."""
+    if Path(path).is_dir():
+        file = Path(path) / "model_index.json"
+    else:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            file = Path(hf_hub_download(path, "model_index.json", revision=revision))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise RecipeError(
+                f"pipeline.model {path!r} cannot be fetched from the hub: {error}. Check the name, the network and "
+                "your token, or give a local folder."
+            ) from error
+    if not file.is_file():
+        raise RecipeError(f"{path} holds no model_index.json, so it is not a diffusers pipeline. Give its top folder.")
+    index: Mapping[str, Any] = json.loads(file.read_text())
+    return index
+
+
+def build_term(section: RewardSection, *, device: str) -> Term:
+    """One reward of an objective."""
+    reward = load_reward(section.name, device=device, **section.options)
+    if section.statistic is None:
+        return Term(reward, section.weight, dimensions=section.dimensions)
+    settings = section.statistic.model_dump(exclude={"kind"})
+    return Term(reward, section.weight, objective.statistic(section.statistic.kind, **settings), section.dimensions)
+
+
+def _trainable(pipeline: Pipeline, recipe: SftRecipe | DirectRewardRecipe) -> dict[str, nn.Module]:
+    """The modules that hold what is trained: adapters attached, or whole modules thawed."""
+    section = recipe.lora or recipe.full
+    assert section is not None
+    unknown = [name for name in section.modules if name not in pipeline.trainable]
+    if unknown:
+        raise RecipeError(
+            f"{', '.join(unknown)} cannot be trained in the family {pipeline.family!r}; "
+            f"it offers: {', '.join(pipeline.trainable)}."
+        )
+    modules = {name: pipeline.trainable[name] for name in section.modules}
+    if recipe.lora is not None:
+        loadable = pipeline.pipe._lora_loadable_modules
+        if not set(modules) <= set(loadable):
+            raise RecipeError(
+                f"diffusers loads adapters of {', '.join(loadable)} for the family {pipeline.family!r}, so lora.modules "
+                f"{list(modules)} could not be used afterwards. Leave the others out, or train them with `full:`."
+            )
+        targets = {name: recipe.lora.targets or pipeline.lora_targets[name] for name in modules}
+        rank = recipe.lora.rank
+        lora.attach(modules, rank=rank, alpha=recipe.lora.alpha or rank, targets=targets, seed=recipe.train.seed)
+    else:
+        for module in modules.values():
+            module.requires_grad_(True)
+    if recipe.train.gradient_checkpointing:
+        for module in modules.values():
+            enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
+            enable()
+            module.train()
+    return modules
+
+
+def _sampler(pipeline: Pipeline, section: SampleSection) -> Callable[[], Tensor | None]:
+    def samples() -> Tensor | None:
+        if not section.prompts:
+            return None
+        generators = [generator(section.seed, "samples", i) for i in range(len(section.prompts))]
+        guidance = Guidance("full", section.guidance_scale)
+        return sample(pipeline, section.prompts, generators, num_steps=section.steps, guidance=guidance)
+
+    return samples
+
+
+def _exporter(
+    pipeline: Pipeline, recipe: SftRecipe | DirectRewardRecipe
+) -> Callable[[Path, Mapping[str, str]], None]:
+    def run(folder: Path, provenance: Mapping[str, str]) -> None:
+        if recipe.lora is not None:
+            export.lora(pipeline, recipe.lora.modules, folder, provenance, base=recipe.pipeline.model)
+        else:
+            export.pipeline(pipeline, folder, provenance, base=recipe.pipeline.model)
+
+    return run

@@ -1,0 +1,305 @@
+"""Commands that say what is there: `rewards`, `pipelines`, `recipes`, `schema`, `env`, `doctor`. None imports torch
+to list something.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rewardtune.command import Json, command, quiet_stdout, show, show_json, show_table
+from rewardtune.errors import CheckFailed, PluginError, RecipeError
+
+rewards = typer.Typer(help="Rewards: what there is, what each one is, and whether it keeps the contract.")
+pipelines = typer.Typer(help="Families of text-to-image pipelines.")
+recipes = typer.Typer(help="Recipes that ship with the package.")
+RewardName = Annotated[str, typer.Argument(help="A name of `rewards list`.")]
+
+
+# ------------------------------------------------------------------------------------------------------------ rewards
+
+
+@command(rewards, "list")
+def rewards_list(as_json: Json = False) -> None:
+    """Every reward there is: built in, from installed packages, and from --plugin."""
+    from rewardtune import registry
+
+    rows = [reward_row(name) for name in registry.rewards.names()]
+    if as_json:
+        show_json(rows)
+        return
+    table = [
+        [
+            row["name"],
+            row["source"],
+            _yes_no(row["differentiable"]),
+            _yes_no(row["needs_prompt"]),
+            _range(row["range"]),
+            row["licence"] or "?",
+            "yes" if row["available"] else f"no: {row['why_not']}",
+        ]
+        for row in rows
+    ]
+    show_table(["name", "source", "gradient", "prompt", "range", "licence", "available"], table)
+    if any(row["differentiable"] is None for row in rows):
+        show("? not known before it is loaded: `rewardtune rewards show NAME`")
+
+
+def reward_row(name: str) -> dict[str, Any]:
+    """One entry of `rewards list --json`. A third party's code is not run for it: what only its card knows is None."""
+    from rewardtune import registry
+
+    row: dict[str, Any] = {
+        "name": name,
+        "source": registry.rewards.source(name),
+        "differentiable": None,
+        "needs_prompt": None,
+        "range": None,
+        "higher_is_better": None,
+        "licence": None,
+        "extra": None,
+        "available": True,
+        "why_not": None,
+    }
+    why_not = registry.rewards.trouble(name)
+    if why_not is None and registry.rewards.is_at_hand(name):
+        from rewardtune.validate import missing_requirement
+
+        try:
+            card = registry.rewards.card(name)
+        except PluginError as error:
+            why_not = str(error)
+        else:
+            row |= {
+                "differentiable": card.differentiable,
+                "needs_prompt": card.needs_prompt,
+                "range": list(card.range) if card.range else None,
+                "higher_is_better": card.higher_is_better,
+                "licence": _licence(card.licence_code, card.licence_weights),
+                "extra": card.extra,
+            }
+            why_not = missing_requirement(card)
+    return row | {"available": why_not is None, "why_not": why_not}
+
+
+@command(rewards, "show")
+def rewards_show(name: RewardName, as_json: Json = False) -> None:
+    """One reward's card and the options that a recipe may give it."""
+    from rewardtune import registry
+    from rewardtune.score import card_document
+
+    plugin: Any = registry.rewards.load_class(name)
+    document = card_document(plugin.card) | {"source": registry.rewards.source(name)}
+    if as_json:
+        show_json(document | {"options": plugin.Config.model_json_schema()})
+        return
+    width = max(map(len, document))
+    for key, value in document.items():
+        show(f"{key:<{width}}  {_plain(value)}")
+    fields = plugin.Config.model_fields
+    show("options:" if fields else "options: none")
+    for key, field in fields.items():
+        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
+        show(f"  {key} ({default}): {' '.join((field.description or '').split())}")
+
+
+@command(rewards, "test")
+def rewards_test(
+    spec: Annotated[str, typer.Argument(metavar="NAME[:option=value,...]", help="A reward, with options.")],
+    device: Annotated[str, typer.Option("--device", help="Where to run it.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Run the contract checks on this machine: gradients, independence of the batch, determinism."""
+    from rewardtune import registry
+    from rewardtune.score import parse_spec
+
+    name, options = parse_spec(spec)
+    registry.rewards.load_class(name)
+    with quiet_stdout():
+        from rewardtune.reward_checks import check_reward
+        from rewardtune.scoring import load_reward
+
+        checks = check_reward(load_reward(name, device=device, **options), device=device)
+    if as_json:
+        show_json([{"check": check.name, "passed": check.passed, "found": check.found} for check in checks])
+    else:
+        for check in checks:
+            show(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.found}")
+    failed = [check.name for check in checks if not check.passed]
+    if failed:
+        raise CheckFailed(f"reward {name!r} fails {len(failed)} of {len(checks)} checks: {'; '.join(failed)}.")
+
+
+# ---------------------------------------------------------------------------------------------------------- pipelines
+
+
+@command(pipelines, "list")
+def pipelines_list(as_json: Json = False) -> None:
+    """Families, and how each is recognised from a checkpoint's model_index.json."""
+    from rewardtune import registry
+
+    rows = [_pipeline_row(name) for name in registry.pipelines.names()]
+    if as_json:
+        show_json(rows)
+        return
+    table = [
+        [r["name"], r["source"], r["recognised_by"] or "?", "yes" if r["available"] else r["why_not"]] for r in rows
+    ]
+    show_table(["name", "source", "recognised by", "available"], table)
+
+
+def _pipeline_row(name: str) -> dict[str, Any]:
+    from rewardtune import registry
+
+    recognised_by = None
+    why_not = registry.pipelines.trouble(name)
+    if why_not is None and registry.pipelines.is_at_hand(name):
+        try:
+            plugin: Any = registry.pipelines.load_class(name)
+            recognised_by = _first_line(plugin.matches.__doc__ or plugin.__doc__)
+        except PluginError as error:
+            why_not = str(error)
+    return {
+        "name": name,
+        "source": registry.pipelines.source(name),
+        "recognised_by": recognised_by,
+        "available": why_not is None,
+        "why_not": why_not,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+
+
+@command(recipes, "list")
+def recipes_list(as_json: Json = False) -> None:
+    """Recipes that `rewardtune train NAME` runs."""
+    from rewardtune.shipped import shipped_recipes
+
+    rows: list[dict[str, Any]] = []
+    for name, file in shipped_recipes().items():
+        text = file.read_text(encoding="utf-8")
+        task = re.search(r"^task:\s*(\w+)", text, re.MULTILINE)
+        rows.append({"name": name, "task": task[1] if task else None, "summary": _summary(text), "path": str(file)})
+    if as_json:
+        show_json(rows)
+    else:
+        show_table(["name", "task", "summary"], [[r["name"], r["task"] or "?", r["summary"]] for r in rows])
+
+
+@command(recipes, "show")
+def recipes_show(name: Annotated[str, typer.Argument(help="A name of `recipes list`, or a file.")]) -> None:
+    """The recipe's text."""
+    from rewardtune.shipped import find_recipe
+
+    show(find_recipe(name).read_text(encoding="utf-8").rstrip("\n"))
+
+
+@command(recipes, "copy")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(help="A name of `recipes list`.")],
+    path: Annotated[Path, typer.Argument(help="A new file, or a folder to put it in.")],
+) -> None:
+    """Copy a shipped recipe beside your work, to edit it."""
+    from rewardtune.shipped import find_recipe
+
+    source = find_recipe(name)
+    target = path / source.name if path.is_dir() else path
+    if target.exists():
+        raise RecipeError(f"{target} is there already; name another file, so that nothing is overwritten.")
+    shutil.copyfile(source, target)
+    show(str(target))
+
+
+# ---------------------------------------------------------------------------------------------------- schema and such
+
+
+def schema() -> None:
+    """JSON Schema of a recipe, for editors: rewardtune schema > recipe.schema.json"""
+    from rewardtune.recipe_file import recipe_schema
+
+    show_json(recipe_schema())
+
+
+def env(as_json: Json = False) -> None:
+    """Versions and hardware, ready to paste into an issue."""
+    from rewardtune.environment import describe
+
+    with quiet_stdout():
+        facts = describe()
+    if as_json:
+        show_json(facts)
+        return
+    for key, value in facts.items():
+        show(f"- {key}: {value}")
+
+
+def doctor(as_json: Json = False) -> None:
+    """Check this machine and installation; every failed check says how to mend it."""
+    from rewardtune.environment import diagnose
+
+    with quiet_stdout():
+        findings = diagnose()
+    if as_json:
+        show_json([{"check": f.check, "status": f.status, "found": f.found, "fix": f.fix} for f in findings])
+    else:
+        for finding in findings:
+            show(f"{finding.status:<4}  {finding.check}: {finding.found}")
+            if finding.fix:
+                show(f"      {finding.fix}")
+    failed = [finding.check for finding in findings if finding.status == "FAIL"]
+    if failed:
+        raise CheckFailed(f"{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}.")
+
+
+def add_lists(app: typer.Typer) -> None:
+    """Hang these commands into the program."""
+    app.add_typer(rewards, name="rewards", no_args_is_help=True)
+    app.add_typer(pipelines, name="pipelines", no_args_is_help=True)
+    app.add_typer(recipes, name="recipes", no_args_is_help=True)
+    command(app, "schema")(schema)
+    command(app, "env")(env)
+    command(app, "doctor")(doctor)
+
+
+# ------------------------------------------------------------------------------------------------------------ wording
+
+
+def _licence(code: str, weights: str) -> str:
+    return code if weights in ("none", code) else f"{code}; weights: {weights}"
+
+
+def _yes_no(value: bool | None) -> str:
+    return "?" if value is None else "yes" if value else "no"
+
+
+def _range(value: list[float] | None) -> str:
+    return f"{value[0]:g} to {value[1]:g}" if value else "-"
+
+
+def _plain(value: Any) -> str:
+    if value is None or value == [] or value == () or value == {}:
+        return "-"
+    if isinstance(value, bool):
+        return _yes_no(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} ({entry})" for key, entry in value.items())
+    return str(value)
+
+
+def _first_line(text: str | None) -> str | None:
+    return text.strip().splitlines()[0].rstrip(".") if text and text.strip() else None
+
+
+def _summary(text: str) -> str:
+    """The first comment of a recipe that is not for the editor."""
+    for line in text.splitlines():
+        if line.startswith("#") and "yaml-language-server" not in line:
+            return line.lstrip("# ").rstrip()
+    return ""

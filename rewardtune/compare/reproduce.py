@@ -1,0 +1,71 @@
+"""Draw the images of this comparison again with diffusers alone, and compare them with the ones in images/.
+
+    python reproduce.py [SIDE ...]
+
+Needs torch and diffusers (and peft for LoRA sides); rewardtune is not imported. New images go to reproduced/<side>/.
+Exit status 0 when every pixel is equal, 1 otherwise. Equal pixels need the same machine type, versions, device, number
+of threads and batch size; all of them are in images/<side>/sampling.json, and what differs here is named.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+
+def draw(side: str) -> int:
+    """Draw one side; returns the number of images that differ."""
+    import diffusers
+    import numpy as np
+    import torch
+    import transformers
+    from PIL import Image
+
+    folder, target = HERE / "images" / side, HERE / "reproduced" / side
+    record: dict[str, Any] = json.loads((folder / "sampling.json").read_text(encoding="utf-8"))
+    sampling, images = record["sampling"], record["images"]
+    for module in (torch, diffusers, transformers):
+        recorded = record["versions"][module.__name__]
+        if module.__version__ != recorded:
+            print(f"note: {module.__name__} {module.__version__} here, {recorded} then")
+    torch.set_num_threads(sampling["threads"])
+
+    load = record["load"]
+    family: Any = diffusers.DiffusionPipeline
+    pipe = family.from_pretrained(
+        load["path"], revision=load["revision"], torch_dtype=torch.float32, use_safetensors=True
+    ).to(sampling["device"])
+    if record["lora"]:
+        pipe.load_lora_weights(str(folder / record["lora"]), weight_name="pytorch_lora_weights.safetensors")
+    pipe.set_progress_bar_config(disable=True)
+
+    target.mkdir(parents=True, exist_ok=True)
+    different, largest, size = 0, 0, sampling["batch_size"]
+    for start in range(0, len(images), size):
+        batch = images[start : start + size]
+        pictures = pipe(
+            prompt=[image["prompt"] for image in batch],
+            generator=[torch.Generator().manual_seed(image["seed"]) for image in batch],
+            num_inference_steps=sampling["num_inference_steps"],
+            guidance_scale=sampling["guidance_scale"],
+            **record["call"],
+        ).images
+        for image, picture in zip(batch, pictures, strict=True):
+            picture.save(target / image["file"])
+            old = np.asarray(Image.open(folder / image["file"]).convert("RGB"), dtype=int)
+            gap = int(np.abs(old - np.asarray(picture.convert("RGB"), dtype=int)).max())
+            different, largest = different + (gap > 0), max(largest, gap)
+    print(f"{side}: {len(images) - different} of {len(images)} images equal, largest difference {largest} of 255")
+    return different
+
+
+if __name__ == "__main__":
+    known = sorted(path.parent.name for path in (HERE / "images").glob("*/sampling.json"))
+    unknown = [side for side in sys.argv[1:] if side not in known]
+    if unknown:
+        sys.exit(f"no side {', '.join(unknown)} here; there are: {', '.join(known)}")
+    sys.exit(1 if sum(draw(side) for side in sys.argv[1:] or known) else 0)

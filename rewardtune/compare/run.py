@@ -1,0 +1,197 @@
+"""`rewardtune compare` from start to end; `cli.py` and notebooks call `compare`.
+
+Sampling, scoring, numbers and page each leave files in the output folder, and each reads what the one before left.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rewardtune.compare.files import plain, write_bytes
+from rewardtune.compare.page import write_page
+from rewardtune.compare.report import add_votes, measure_diversity, report_id, summarise
+from rewardtune.compare.sampling import Plan, sample_sides
+from rewardtune.compare.scores import Scored, choose_rewards, read_scores, score_sides
+from rewardtune.compare.sides import Side, first_recipe, resolve_sides
+from rewardtune.compare.votes import read_votes
+from rewardtune.errors import CheckFailed, DataError, RecipeError
+from rewardtune.recipe import CompareSection, RewardSection
+from rewardtune.score import best_device, parse_spec, parse_specs
+from rewardtune.types import Prompt
+
+FILE = "compare.json"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished comparison. document: what `compare.json` holds."""
+
+    folder: Path
+    document: dict[str, Any]
+
+    @property
+    def page(self) -> Path:
+        return self.folder / "report.html"
+
+    @property
+    def headline(self) -> str:
+        """The verdict in a few sentences, safe for a terminal."""
+        return plain(self.document["headline"])
+
+
+def compare(
+    sides: Sequence[str | Path] = (),
+    *,
+    prompts: str | Path | None = None,
+    seeds: int | None = None,
+    rewards: str | Sequence[str] | None = None,
+    judge: str | None = None,
+    out: str | Path | None = None,
+    num_prompts: int | None = None,
+    votes: Sequence[str | Path] = (),
+    fail_under: float | None = None,
+    device: str | None = None,
+) -> Report:
+    """Draw the same prompts and seeds with each side, score the images, and write the report.
+
+    sides: run folders, exported LoRAs, plain pipelines, or `base`, the start of the first run among them. What is left
+    out comes from the `compare:` section of the first run's recipe; seeds: images a prompt. rewards: names or
+    NAME:option=value specs, separated by commas; rewards that a side was trained on are always scored. out: the first
+    run's `compare/`, or `compare/` here. votes: files from the page's blind mode; without sides they are merged into
+    the report that is in `out`. fail_under: raise CheckFailed, after writing, when the first pair's net is below it.
+    """
+    # a shell turns `--votes *.json` into one option and further arguments
+    votes = [*votes, *(s for s in sides if _is_vote_file(s))]
+    sides = [s for s in sides if not _is_vote_file(s)]
+    if not sides:
+        report = _merge(Path(out) if out is not None else None, votes)
+        _check(report, fail_under)
+        return report
+    chosen = resolve_sides(sides)
+    recipe = first_recipe(chosen)
+    defaults = recipe.compare if recipe is not None else CompareSection()
+    sections, judge_label = _rewards(chosen, defaults, rewards, judge)
+    if fail_under is not None and judge_label is None:
+        raise RecipeError("--fail-under needs a judge: name one with --judge.")
+    plan = _plan(defaults, prompts=prompts, seeds=seeds, num_prompts=num_prompts)
+    folder = Path(out) if out is not None else _folder(chosen)
+    device = device or (recipe.train.device if recipe is not None else None) or best_device()
+    names = [side.name for side in chosen]
+
+    script = Path(__file__).with_name("reproduce.py")
+    write_bytes(folder / script.name, script.read_bytes())
+    sample_sides(chosen, plan, folder, device=device)
+    trained = sorted({section.name for side in chosen for section in side.trained_on})
+    scored = score_sides(names, plan, folder, rewards=sections, trained=trained, device=device)
+    diversity = measure_diversity(names, plan, folder)
+    identity = report_id(names, plan, folder)
+    document = summarise(chosen, plan, scored, diversity, judge=judge_label, report=identity)
+    report = _finish(folder, document, scored, plan, votes)
+    _check(report, fail_under)
+    return report
+
+
+def _finish(
+    folder: Path, document: dict[str, Any], scored: Sequence[Scored], plan: Plan, votes: Sequence[str | Path]
+) -> Report:
+    """Merge votes, then write the two files that people and scripts read."""
+    if votes:
+        files = read_votes(
+            votes, report=document["report"], sides=document["sides"], prompts=len(plan.prompts), seeds=plan.seeds
+        )
+        add_votes(document, files, scored, plan)
+    write_bytes(folder / FILE, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    write_page(folder, document, scored, plan)
+    return Report(folder, document)
+
+
+def _merge(folder: Path | None, votes: Sequence[str | Path]) -> Report:
+    """Votes into a report that is there already; nothing is drawn or scored again."""
+    if not votes or folder is None:
+        raise RecipeError(
+            "compare needs sides, e.g. `rewardtune compare base runs/demo`; or, to merge votes into a finished report, "
+            "`rewardtune compare --votes votes-*.json --out runs/demo/compare`."
+        )
+    try:
+        document: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        sampling, texts = document["sampling"], document["prompt_texts"]
+        plan = Plan(
+            prompts=tuple(Prompt(text) for text in texts),
+            seeds=document["seeds"],
+            steps=sampling["steps"],
+            guidance_scale=sampling["guidance_scale"],
+            batch_size=sampling["batch_size"],
+            size=tuple(sampling["size"]) if sampling["size"] else None,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / FILE}: there is no finished comparison here to add votes to ({error}).") from error
+    return _finish(folder, document, read_scores(folder), plan, votes)
+
+
+def _check(report: Report, fail_under: float | None) -> None:
+    if fail_under is None:
+        return
+    pair = next(iter(report.document["pairs"]), None)
+    if pair is None:
+        raise RecipeError("--fail-under needs a judge: this report has no verdict.")
+    if pair["net"] < fail_under:
+        raise CheckFailed(
+            f"net win rate of {pair['a']} over {pair['b']} is {pair['net']:+.3f}, below --fail-under {fail_under:+.3f} "
+            f"({report.page})."
+        )
+
+
+def _rewards(
+    sides: Sequence[Side], defaults: CompareSection, rewards: str | Sequence[str] | None, judge: str | None
+) -> tuple[dict[str, RewardSection], str | None]:
+    """What to score with. Names are looked up here, so that a wrong one costs no image."""
+    from rewardtune import registry
+
+    if rewards is None:
+        wanted = list(defaults.rewards)
+    else:
+        specs = parse_specs(rewards) if isinstance(rewards, str) else list(rewards)
+        wanted = [RewardSection(name=name, options=options) for name, options in map(parse_spec, specs)]
+    trained = [section for side in sides for section in side.trained_on]
+    sections, label = choose_rewards(wanted, trained, judge or defaults.judge)
+    for section in sections.values():
+        registry.rewards.card(section.name)
+    return sections, label
+
+
+def _plan(defaults: CompareSection, *, prompts: str | Path | None, seeds: int | None, num_prompts: int | None) -> Plan:
+    from rewardtune.data import read_prompts
+
+    source = prompts if prompts is not None else defaults.prompts
+    if source is None:
+        raise RecipeError("compare needs prompts: give --prompts FILE, or `compare.prompts` in the recipe.")
+    seeds = seeds if seeds is not None else defaults.seeds
+    count = num_prompts if num_prompts is not None else defaults.num_prompts
+    if seeds < 1:
+        raise RecipeError(f"--seeds {seeds}: give 1 or more images of each prompt.")
+    if count is not None and count < 1:
+        raise RecipeError(f"{count} prompts asked for: give 1 or more.")
+    return Plan(
+        prompts=tuple(read_prompts(str(source))[:count]),
+        seeds=seeds,
+        steps=defaults.steps,
+        guidance_scale=defaults.guidance_scale,
+        batch_size=defaults.batch_size,
+    )
+
+
+def _is_vote_file(side: str | Path) -> bool:
+    return Path(side).suffix == ".json"
+
+
+def _folder(sides: Sequence[Side]) -> Path:
+    """The first run's `compare/`, or `compare/` here."""
+    for side in sides:
+        folder = Path(side.given).expanduser()
+        if side.recipe is not None and (folder / "recipe.json").is_file():
+            return folder / "compare"
+    return Path("compare")

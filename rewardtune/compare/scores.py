@@ -1,0 +1,191 @@
+"""Images on disk -> what every reward says of them: `scores.json` (everything) and `samples.csv` (a row an image).
+
+Between `sampling.py` and `report.py`. Rewards see the 8-bit files, so the figures hold for what the page shows.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rewardtune.compare.files import csv_cell, write_bytes
+from rewardtune.compare.progress import Progress
+from rewardtune.compare.sampling import Plan, image_file, image_seed
+from rewardtune.errors import DataError, RecipeError
+from rewardtune.recipe import RewardSection
+from rewardtune.score import ImageScore, card_document, score_files
+
+Floats = NDArray[np.float64]
+FILE = "scores.json"
+RELATIVE_TIE_BAND = 0.02
+"""Tie band of a judge that names none, as a fraction of its range; 0 for an unbounded one. Ours."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One reward's view of every side.
+
+    images: side -> N records in the order of `Plan.items`. trained: some side was trained on it. tie_band and
+    part_tie_bands: differences up to these are ties; parts that are not named have band 0.
+    """
+
+    label: str
+    card: Mapping[str, Any]
+    options: Mapping[str, Any]
+    trained: bool
+    tie_band: float
+    part_tie_bands: Mapping[str, float]
+    images: Mapping[str, Sequence[ImageScore]] = field(default_factory=dict)
+
+    @property
+    def sign(self) -> float:
+        """1, or -1 where a lower value is better."""
+        return 1.0 if self.card["higher_is_better"] else -1.0
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the numbers beside the value: the reward's own parts, then its dimensions."""
+        first = next(iter(self.images.values()))[0]
+        return list(dict.fromkeys([*first.parts, *(first.dimensions or {})]))
+
+    def values(self, side: str, part: str | None = None) -> Floats:
+        """(N,) values of a side, or of one part; NaN where a part says nothing of an image."""
+        return np.array([_number(image, part) for image in self.images[side]], dtype=np.float64)
+
+
+def choose_rewards(
+    wanted: Sequence[RewardSection], trained: Sequence[RewardSection], judge: str | None
+) -> tuple[dict[str, RewardSection], str | None]:
+    """Label -> reward to score with, each once, and the judge's label.
+
+    A reward that comes twice with other options is labelled with them. The judge is the named one, else the first
+    wanted reward whose card says that it is held out and that no side was trained on, else the first not trained on.
+    """
+    from rewardtune import registry
+
+    sections: dict[str, RewardSection] = {}
+    for section in [*wanted, *trained]:
+        same = [s for s in sections.values() if (s.name, s.options) == (section.name, section.options)]
+        if not same:
+            label = section.name
+            if label in sections:
+                label += ":" + ",".join(f"{k}={v}" for k, v in sorted(section.options.items()))
+            sections[label] = section
+    if judge is not None:
+        for label, section in sections.items():
+            if judge in (label, section.name):
+                return sections, label
+        from rewardtune.score import parse_spec
+
+        name, options = parse_spec(judge)
+        return {judge: RewardSection(name=name, options=options), **sections}, judge
+    names = {section.name for section in trained}
+    free = [label for label, section in sections.items() if section.name not in names]
+    held_out = [label for label in free if registry.rewards.card(sections[label].name).held_out]
+    return sections, next(iter([*held_out, *free]), None)
+
+
+def score_sides(
+    sides: Sequence[str],
+    plan: Plan,
+    out: Path,
+    *,
+    rewards: Mapping[str, RewardSection],
+    trained: Sequence[str],
+    device: str,
+) -> list[Scored]:
+    """Score every image with every reward, one reward in memory at a time; writes both files."""
+    from rewardtune.scoring import load_reward
+
+    items = plan.items
+    prompts = [plan.prompts[p] for p, _ in items]
+    progress = Progress("scoring images", len(rewards) * len(sides) * len(items))
+    scored = []
+    for label, section in rewards.items():
+        reward = load_reward(section.name, device=device, **section.options)
+        images: dict[str, list[ImageScore]] = {}
+        for side in sides:
+            files = [out / "images" / side / image_file(p, k) for p, k in items]
+            images[side] = []
+            for score in score_files(reward, files, prompts, device=device, batch_size=max(plan.batch_size, 8)):
+                images[side].append(score)
+                progress.advance(1)
+        band, part_bands = tie_bands(reward)
+        scored.append(
+            Scored(
+                label=label,
+                card=card_document(reward.card),
+                options=section.options,
+                trained=section.name in trained,
+                tie_band=band,
+                part_tie_bands=part_bands,
+                images=images,
+            )
+        )
+        del reward
+    write_bytes(out / FILE, (json.dumps([dataclasses.asdict(s) for s in scored]) + "\n").encode())
+    write_bytes(out / "samples.csv", samples_csv(sides, plan, scored).encode())
+    return scored
+
+
+def read_scores(out: Path) -> list[Scored]:
+    """What `score_sides` wrote."""
+    try:
+        document: Any = json.loads((out / FILE).read_text(encoding="utf-8"))
+        return [
+            Scored(**{**entry, "images": {s: [ImageScore(**i) for i in rows] for s, rows in entry["images"].items()}})
+            for entry in document
+        ]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{out / FILE}: cannot be read ({error}). Run the comparison again with its sides.") from error
+
+
+def tie_bands(reward: Any) -> tuple[float, dict[str, float]]:
+    """The tie band of a reward's value and those of its parts.
+
+    A reward fixes them as class constants `TIE_BAND: float` and `PART_TIE_BANDS: dict[str, float]`.
+    """
+    band = getattr(type(reward), "TIE_BAND", None)
+    if band is None:
+        limits = reward.card.range
+        band = RELATIVE_TIE_BAND * (limits[1] - limits[0]) if limits else 0.0
+    parts = dict(getattr(type(reward), "PART_TIE_BANDS", {}))
+    if band < 0 or any(b < 0 for b in parts.values()):
+        raise RecipeError(f"reward {reward.card.name!r} has a negative tie band; it must be 0 or more.")
+    return float(band), parts
+
+
+def samples_csv(sides: Sequence[str], plan: Plan, scored: Sequence[Scored]) -> str:
+    """One row an image: where it is, how it was drawn, and every reward's value and parts."""
+    columns: list[tuple[str, Scored, str | None]] = []
+    for reward in scored:
+        columns.append((reward.label, reward, None))
+        columns += [(f"{reward.label}/{part}", reward, part) for part in reward.parts]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    fixed = ["side", "prompt_index", "seed_index", "seed", "prompt", "image"]
+    writer.writerow(fixed + [csv_cell(name) for name, _, _ in columns])
+    for side in sides:
+        for i, (p, k) in enumerate(plan.items):
+            found = [_number(reward.images[side][i], part) for _, reward, part in columns]
+            numbers = ["" if math.isnan(number) else repr(float(number)) for number in found]
+            where = f"images/{side}/{image_file(p, k)}"
+            writer.writerow([side, p, k, image_seed(p, k), csv_cell(str(plan.prompts[p])), where, *numbers])
+    return text.getvalue()
+
+
+def _number(image: ImageScore, part: str | None) -> float:
+    if part is None:
+        return image.value
+    value = image.parts[part] if part in image.parts else (image.dimensions or {})[part]
+    return float("nan") if value is None else value

@@ -1,0 +1,191 @@
+"""What the command line names -> sides: a pipeline to load and, for most, a LoRA to put on it. No torch here.
+
+First in the flow of `compare`; `sampling.py` loads what this file finds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from rewardtune.errors import RecipeError
+from rewardtune.recipe import DirectRewardRecipe, PipelineSection, Recipe, RewardSection, SftRecipe
+from rewardtune.references import PREFIX
+
+BASE = "base"
+"""Names the start of the first run among the sides."""
+Diffusion = SftRecipe | DirectRewardRecipe
+_LORA = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One contestant.
+
+    name: unique, safe as a folder name. given: what the command line said. pipeline: what to load. lora: a folder with
+    diffusers' LoRA file, or None. recipe: what it was trained with, where that is known.
+    """
+
+    name: str
+    given: str
+    pipeline: PipelineSection
+    lora: Path | None = None
+    recipe: Diffusion | None = None
+    known: bool = True
+    """False where nothing tells which rewards the side was trained on."""
+
+    @property
+    def trained_on(self) -> list[RewardSection]:
+        """The rewards in its objective."""
+        return list(self.recipe.rewards) if isinstance(self.recipe, DirectRewardRecipe) else []
+
+
+def resolve_sides(given: Sequence[str | Path]) -> list[Side]:
+    """Sides in the order given. Raises RecipeError, with what was expected, for anything that cannot be compared."""
+    references = [str(g) for g in given]
+    if len(references) < 2:
+        raise RecipeError(
+            "compare needs at least two sides, e.g. `rewardtune compare base runs/demo --prompts prompts.txt`; "
+            f"{len(references)} given."
+        )
+    repeated = sorted({r for r in references if references.count(r) > 1})
+    if repeated:
+        raise RecipeError(f"{', '.join(repeated)} is named twice; each side is compared once.")
+    found = [None if reference == BASE else _resolve(reference) for reference in references]
+    start = _start(found)
+    sides = [side or start for side in found]
+    known = {s.pipeline.model: s.pipeline for s in sides if s is not None and s.recipe is not None}
+    taken: set[str] = set()
+    out = []
+    for side in sides:
+        if side is None:
+            raise RecipeError(
+                "`base` is the start of a run among the sides, but no side is a run folder (one with recipe.json). "
+                "Name the starting pipeline itself instead of `base`."
+            )
+        # a plain pipeline that a run here started from is loaded with the same options as that run
+        section = known.get(side.pipeline.model, side.pipeline) if side.recipe is None else side.pipeline
+        out.append(_named(side, section, taken))
+    return out
+
+
+def reference_side(sides: Sequence[Side]) -> Side:
+    """The side that the others are measured against: `base` where it is one of them, else the first."""
+    return next((side for side in sides if side.given == BASE), sides[0])
+
+
+def first_recipe(sides: Sequence[Side]) -> Diffusion | None:
+    """The recipe whose `compare:` section gives the defaults."""
+    return next((side.recipe for side in sides if side.recipe is not None), None)
+
+
+def read_run_recipe(folder: Path) -> Diffusion:
+    """The resolved recipe of a run folder. Raises RecipeError where it is broken or trains no image model."""
+    file = folder / "recipe.json"
+    try:
+        document: Any = json.loads(file.read_text(encoding="utf-8"))
+        content = document.get("recipe", document) if isinstance(document, dict) else document
+        recipe: Any = TypeAdapter(Recipe).validate_python(content)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise RecipeError(
+            f"{file}: not the recipe of a run that this version can read ({first}). "
+            "Compare the run's export folder instead."
+        ) from error
+    if not isinstance(recipe, SftRecipe | DirectRewardRecipe):
+        raise RecipeError(
+            f"{folder} trained a reward model (task: {recipe.task}), which draws no images. "
+            "`rewardtune evaluate --scorer` measures it."
+        )
+    return recipe
+
+
+def _resolve(reference: str) -> Side:
+    """A run folder, an exported LoRA, or a pipeline (folder, hub id, pocket: name)."""
+    folder = Path(reference).expanduser()
+    if reference.startswith(PREFIX) or not folder.exists():
+        from rewardtune.references import resolve
+
+        resolve(reference)  # says what is wrong with a name that leads nowhere
+        return Side("", reference, PipelineSection(model=reference), known=False)
+    if (folder / "recipe.json").is_file():
+        return _from_export(reference, folder / "export", read_run_recipe(folder))
+    if folder.is_dir() and (folder.parent / "recipe.json").is_file() and folder.name == "export":
+        return _from_export(reference, folder, read_run_recipe(folder.parent))
+    if (folder / "model_index.json").is_file():
+        return Side("", reference, PipelineSection(model=str(folder)), known=False)
+    if _lora_file(folder) is not None:
+        return _from_lora(reference, folder)
+    raise RecipeError(
+        f"{reference}: neither a run folder (recipe.json), nor an exported LoRA ({_LORA}), nor a diffusers pipeline "
+        "(model_index.json)."
+    )
+
+
+def _from_export(reference: str, export: Path, recipe: Diffusion) -> Side:
+    if (export / "model_index.json").is_file():
+        section = recipe.pipeline.model_copy(update={"model": str(export), "revision": None})
+        return Side("", reference, section, recipe=recipe)
+    if _lora_file(export) is not None:
+        return Side("", reference, recipe.pipeline, lora=export, recipe=recipe)
+    raise RecipeError(
+        f"{reference}: the run has no finished export yet (looked in {export}). "
+        "Run `rewardtune train` with the same recipe again to finish it."
+    )
+
+
+def _start(found: Sequence[Side | None]) -> Side | None:
+    for side in found:
+        if side is not None and side.recipe is not None:
+            return Side("", BASE, side.recipe.pipeline)
+    return None
+
+
+def _lora_file(folder: Path) -> Path | None:
+    file = folder / _LORA if folder.is_dir() else folder
+    return file if file.name == _LORA and file.is_file() else None
+
+
+def _from_lora(reference: str, folder: Path) -> Side:
+    """A bare LoRA: its own metadata names the base model, and our exports carry their recipe."""
+    from safetensors import SafetensorError, safe_open
+
+    file = _lora_file(folder)
+    assert file is not None
+    try:
+        with safe_open(str(file), framework="numpy") as tensors:
+            metadata: Mapping[str, str] = tensors.metadata() or {}
+    except SafetensorError as error:
+        raise RecipeError(f"{file}: not a whole safetensors file ({error}). Export the run again.") from error
+    try:
+        recipe: Any = TypeAdapter(Recipe).validate_json(metadata.get("rewardtune.recipe", ""))
+    except ValidationError:
+        recipe = None
+    if isinstance(recipe, SftRecipe | DirectRewardRecipe):
+        return Side("", reference, recipe.pipeline, lora=file.parent, recipe=recipe)
+    model = metadata.get("rewardtune.base") or metadata.get("base_model")
+    if not model:
+        raise RecipeError(
+            f"{folder}: the LoRA file does not say which model it belongs to. Compare its run folder instead."
+        )
+    return Side("", reference, PipelineSection(model=model), lora=file.parent, known=False)
+
+
+def _named(side: Side, section: PipelineSection, taken: set[str]) -> Side:
+    """The side with a short name of its own: the folder's, the model's, or `base`."""
+    path = Path(side.given.removeprefix(PREFIX).rstrip("/"))
+    word = path.parent.name if path.name in ("export", _LORA) else path.name
+    if side.given in (".", "..") or not word:
+        word = Path(side.given).resolve().name
+    word = re.sub(r"[^A-Za-z0-9._-]+", "-", word).strip("-.") or "side"
+    name, number = word, 2
+    while name.lower() in taken:
+        name, number = f"{word}-{number}", number + 1
+    taken.add(name.lower())
+    return Side(name, side.given, section, lora=side.lora, recipe=side.recipe, known=side.known)

@@ -1,0 +1,93 @@
+"""Low-rank adapters through peft: put on by `build.py`, switched off for the frozen start, listed for export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewardtune.errors import RecipeError
+from rewardtune.randomness import key
+
+ADAPTER = "default"
+
+
+def attach(
+    modules: Mapping[str, nn.Module],
+    *,
+    rank: int,
+    alpha: int | None = None,
+    targets: Mapping[str, Sequence[str]],
+    seed: int = 0,
+) -> None:
+    """Freeze each module and put a fp32 adapter on the linear layers that its `targets` name.
+
+    alpha: `rank` when None, so that the adapter's scale is 1. Initial values depend on `seed` and the layer's name
+    only; the adapters change nothing until they are trained. Raises RecipeError when a target matches no layer.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    for name, module in modules.items():
+        wanted = list(targets[name])
+        for target in wanted:
+            if not any(layer == target or layer.endswith(f".{target}") for layer, _ in module.named_modules()):
+                raise RecipeError(
+                    f"lora.targets: {name} has no layer whose name ends in {target!r}. "
+                    f"Its linear layers end in: {', '.join(_linear_names(module))}."
+                )
+        config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=wanted, lora_dropout=0.0)
+        module.requires_grad_(False)
+        add_adapter: Any = getattr(module, "add_adapter", None)
+        if add_adapter is not None:
+            # diffusers and transformers also note the adapter, which their savers and loaders look for.
+            add_adapter(config, adapter_name=ADAPTER)
+        else:
+            inject_adapter_in_model(config, module, adapter_name=ADAPTER)
+        for path, parameter in module.named_parameters():
+            adapter = f".{ADAPTER}." in path and ".lora_" in path
+            parameter.requires_grad_(adapter)
+            if adapter:
+                parameter.data = parameter.data.float()
+                if ".lora_A." in path:
+                    random = torch.Generator().manual_seed(key(seed, f"lora/{name}/{path}"))
+                    # peft's own start: kaiming uniform with a = sqrt(5), that is U(-1/sqrt(in), 1/sqrt(in)).
+                    bound = parameter.shape[1] ** -0.5
+                    values = torch.rand(parameter.shape, generator=random) * 2 * bound - bound
+                    parameter.data.copy_(values)
+
+
+@contextmanager
+def disabled(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, the modules compute as if they had no adapters: the frozen start."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for module in modules.values() for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    flags = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
+    before = [layer.disable_adapters for layer in layers]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer, off in zip(layers, before, strict=True):
+            layer.enable_adapters(not off)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Adapter tensors under diffusers' keys: `<module>.<layer>.lora_A.weight` and `.lora_B.weight`."""
+    from peft import get_peft_model_state_dict
+
+    return {
+        f"{name}.{path}": tensor.detach()
+        for name, module in modules.items()
+        for path, tensor in get_peft_model_state_dict(module, adapter_name=ADAPTER).items()
+    }
+
+
+def _linear_names(module: nn.Module) -> list[str]:
+    return sorted({path.rpartition(".")[2] for path, layer in module.named_modules() if isinstance(layer, nn.Linear)})

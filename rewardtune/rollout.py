@@ -1,0 +1,89 @@
+"""Prompts and noise -> latents -> images: the sampling chain, one step at a time, with or without gradient.
+
+`gradients/` decides which steps carry gradient; this file only knows how to take one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewardtune.plugins import Guidance, Pipeline
+
+
+class Chain:
+    """The denoising chain of one batch: T steps of the checkpoint's own scheduler.
+
+    A scheduler keeps state (its step index, earlier outputs). `advance(i, ...)` works on a copy of the state before
+    step i, so a step can be run again, which recomputation under gradient needs.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, conditioning: Any, *, num_steps: int, guidance: Guidance, size: tuple[int, int]
+    ) -> None:
+        self.pipeline, self.conditioning, self.guidance = pipeline, conditioning, guidance
+        scheduler, self.timesteps = pipeline.timesteps(num_steps, size)
+        self._states = [scheduler]
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def predict(self, i: int, latents: Tensor) -> Tensor:
+        """The guided prediction at step i, in the scheduler's parameterisation."""
+        return self.pipeline.predict(latents, self.timesteps[i], self.conditioning, self.guidance)
+
+    def advance(self, i: int, latents: Tensor) -> Tensor:
+        """Latents before step i -> latents after it."""
+        prediction = self.predict(i, latents)
+        scheduler = _copy(self._states[i])
+        after: Tensor = scheduler.step(prediction.float(), self.timesteps[i], latents, return_dict=False)[0]
+        if len(self._states) == i + 1:
+            self._states.append(scheduler)
+        return after
+
+    def run(self, latents: Tensor, start: int, stop: int) -> Tensor:
+        """Steps `start` to `stop` (exclusive) without gradient."""
+        with torch.no_grad():
+            for i in range(start, stop):
+                latents = self.advance(i, latents)
+        return latents
+
+    def clean(self, i: int, latents: Tensor) -> Tensor:
+        """One prediction at step i, turned into an estimate of the finished latents x0."""
+        from rewardtune.parameterisation import clean_estimate
+
+        return clean_estimate(self._states[i], i, self.timesteps[i], latents, self.predict(i, latents))
+
+
+def sample(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    generators: Sequence[torch.Generator],
+    *,
+    num_steps: int,
+    guidance: Guidance,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """Images (B, 3, H, W) float32 in [0, 1], equal to `pipe(prompts, generator=generators)`. No gradient.
+
+    One generator an image, so that an image does not depend on its neighbours' seeds.
+    """
+    size = size or pipeline.image_size
+    with torch.no_grad():
+        conditioning = pipeline.encode(prompts, guidance)
+        chain = Chain(pipeline, conditioning, num_steps=num_steps, guidance=guidance, size=size)
+        latents = chain.run(pipeline.noise(generators, size), 0, len(chain))
+        return pipeline.decode(latents).clamp(0, 1)
+
+
+def _copy(scheduler: Any) -> Any:
+    """A scheduler with state of its own; tensors are shared, the lists that multistep solvers append to are not."""
+    twin = copy.copy(scheduler)
+    for name, value in vars(twin).items():
+        if isinstance(value, list):
+            setattr(twin, name, list(value))
+    return twin

@@ -1,0 +1,247 @@
+"""A run folder from start to end: who may continue it, what is recorded in it, training, evaluation, export.
+
+`cli.py` and notebooks call `train_recipe`; the loop itself is `train.py`, the objects come from `build.py`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rewardtune.errors import DiskError, RecipeError, RewardTuneError
+from rewardtune.recipe import DirectRewardRecipe, SftRecipe
+
+if TYPE_CHECKING:
+    from rewardtune.recipe_file import LoadedRecipe
+    from rewardtune.runtime import Runtime
+    from rewardtune.state import State
+    from rewardtune.tasks import Task
+
+
+def train_recipe(
+    loaded: LoadedRecipe,
+    *,
+    out: str | Path | None = None,
+    fresh: bool = False,
+    allow_changed: Sequence[str] = (),
+    dry_run: bool = False,
+    nproc: int = 1,
+    plugins: Sequence[str] = (),
+) -> Path:
+    """Run a recipe in its folder (`out`, or runs/<name>) and return the folder.
+
+    An empty folder is started; an unfinished one of the same recipe is continued; a finished one is left as it is.
+    fresh: move what is there aside first. allow_changed: dotted keys that may differ from the recipe the folder was
+    started with. nproc: processes on this machine. plugins: what --plugin named, recorded with its sha256.
+    Raises RecipeError for a folder of another recipe, and whatever `train.train` raises.
+    """
+    folder = Path(out) if out is not None else Path("runs") / loaded.name
+    if nproc < 1:
+        raise RecipeError(f"--nproc {nproc}: give 1 or more processes.")
+    if nproc > 1 and "RANK" not in os.environ:
+        from rewardtune import launch
+
+        return launch.train_recipe(
+            loaded, out=folder, fresh=fresh, allow_changed=allow_changed, dry_run=dry_run, nproc=nproc, plugins=plugins
+        )
+    from rewardtune import run_folder, runtime
+    from rewardtune.signals import Stop
+
+    stop = Stop()
+    with stop.listening():
+        with stop.leaving_at_once():
+            where = runtime.start(device=loaded.recipe.train.device, precision=loaded.recipe.train.precision)
+        if dry_run:
+            with _temporary(folder, where) as temporary:
+                _dry_run(loaded, folder=temporary, where=where, stop=stop)
+            return folder
+        with _locked(folder, where):
+            todo = _together(
+                where, lambda: run_folder.prepare(loaded, folder, fresh=fresh, allow=allow_changed, plugins=plugins)
+            )
+            if todo:
+                _run(loaded, folder=folder, where=where, stop=stop, run_id=todo)
+    return folder
+
+
+def _run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any, run_id: str) -> None:
+    """Build, train, evaluate, export."""
+    from rewardtune.train import train
+
+    recipe = loaded.recipe
+    with stop.leaving_at_once():
+        task = _build(loaded, where)
+    trackers = None
+    if where.main:
+        from rewardtune.track import build_trackers
+
+        track = recipe.track
+        trackers = build_trackers(
+            wandb=track.wandb,
+            tensorboard=track.tensorboard,
+            project=track.project,
+            name=folder.name,
+            folder=folder,
+            run_id=run_id,
+            config=loaded.resolved,
+        )
+    try:
+        state = train(
+            task,
+            folder=folder,
+            train=recipe.train,
+            optimizer=recipe.optimizer,
+            checkpoint=recipe.checkpoint,
+            sample_every=_sample_every(loaded),
+            where=where,
+            stop=stop,
+            trackers=trackers,
+        )
+        if where.main:
+            with stop.leaving_at_once():
+                evaluation = _finish(task, state, folder=folder, where=where)
+            if trackers is not None and evaluation:
+                trackers.log({f"evaluation/{name}": value for name, value in evaluation.items()}, step=state.step)
+    finally:
+        if trackers is not None:
+            trackers.finish()
+    # The others wait, so that no launcher takes their early end for a failure.
+    where.gather(None)
+
+
+def _finish(task: Task, state: State, *, folder: Path, where: Runtime) -> dict[str, float]:
+    """Evaluate and export with the final weights, then mark the run as finished."""
+    from rewardtune import run_folder
+    from rewardtune.checkpoint import write_json
+    from rewardtune.train import evaluating
+
+    with evaluating(task, state, where):
+        evaluation = dict(task.evaluate())
+    temporary, target = folder / ".tmp-export", folder / "export"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        with state.averaged():
+            task.export(temporary, run_folder.provenance(folder, step=state.step))
+        # A former export, of fewer steps, is replaced only by a whole one.
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        write_json(
+            folder / run_folder.FINISHED, {"step": state.step, "skipped": state.skipped, "evaluation": evaluation}
+        )
+    except OSError as error:
+        raise DiskError(
+            f"the export could not be written to {target} ({error}). The last checkpoint is whole: free some disk "
+            "space and run the same command again."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return evaluation
+
+
+def _build(loaded: LoadedRecipe, where: Runtime) -> Task:
+    from rewardtune.build import build_task
+
+    return build_task(loaded.recipe, device=str(where.device))
+
+
+def _sample_every(loaded: LoadedRecipe) -> int:
+    recipe = loaded.recipe
+    return recipe.samples.every if isinstance(recipe, SftRecipe | DirectRewardRecipe) else recipe.train.steps
+
+
+def _dry_run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any) -> None:
+    """Everything once: build, a step, a checkpoint, a reload; say what a whole run would take."""
+    import torch
+
+    from rewardtune import checkpoint as checkpoints
+    from rewardtune.track import read_metrics
+    from rewardtune.train import train
+
+    recipe = loaded.recipe
+    with stop.leaving_at_once():
+        task = _build(loaded, where)
+    state = train(
+        task,
+        folder=folder,
+        train=recipe.train,
+        optimizer=recipe.optimizer,
+        checkpoint=recipe.checkpoint,
+        sample_every=_sample_every(loaded),
+        until=1,
+        where=where,
+        stop=stop,
+    )
+    if where.main:
+        saved = checkpoints.newest(folder / "checkpoints")
+        if saved is None:
+            raise DiskError(f"the checkpoint written below {folder} does not load again.")
+        before = {name: p.detach().cpu().clone() for name, p in state.parameters.items()}
+        state.load(saved)
+        if not all(torch.equal(before[name], p.detach().cpu()) for name, p in state.parameters.items()):
+            raise DiskError(f"the checkpoint written below {folder} loads other numbers than were saved.")
+        seconds = read_metrics(folder / "metrics.jsonl")[0]["seconds"]
+        size = sum(file.stat().st_size for file in saved.path.iterdir())
+        print(
+            f"dry run: one step took {seconds:.2f} s, so {recipe.train.steps} steps take about "
+            f"{datetime.timedelta(seconds=round(seconds * recipe.train.steps))} (the first step is the slowest); "
+            f"peak memory {where.peak_memory() / 2**30:.2f} GiB; a checkpoint {size / 2**20:.1f} MiB, "
+            f"written and read back. Nothing is left behind.",
+            file=sys.stderr,
+        )
+    where.gather(None)
+
+
+def _together(where: Runtime, action: Any) -> Any:
+    """Do something in the main process; all processes get its result or its error."""
+    result: Any = None
+    if where.main:
+        try:
+            result = ("done", action())
+        except RewardTuneError as error:
+            result = ("failed", error)
+        except OSError as error:
+            result = ("failed", DiskError(f"the run folder cannot be written: {error}. Name another with --out."))
+    how, value = where.broadcast(result)
+    if how == "failed":
+        raise value
+    return value
+
+
+@contextmanager
+def _locked(folder: Path, where: Runtime) -> Iterator[None]:
+    """Create the folder and hold its lock, so that two runs cannot write into it at once."""
+    from rewardtune import run_folder
+
+    descriptor = _together(where, lambda: run_folder.lock(folder))
+    try:
+        yield
+    finally:
+        if where.main:
+            os.close(descriptor)
+
+
+@contextmanager
+def _temporary(folder: Path, where: Runtime) -> Iterator[Path]:
+    """A folder on the same disk as `folder`, gone afterwards."""
+    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+
+    def make() -> str:
+        try:
+            return tempfile.mkdtemp(prefix=".dry-run-", dir=parent)
+        except OSError as error:
+            raise DiskError(f"{parent} cannot be written ({error}). Name another folder with --out.") from error
+
+    path = Path(_together(where, make))
+    try:
+        yield path
+    finally:
+        if where.main:
+            shutil.rmtree(path, ignore_errors=True)

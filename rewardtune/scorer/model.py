@@ -1,0 +1,185 @@
+"""One forward pass of a vision-language model -> a distribution over the score levels for every dimension.
+
+Used by `tasks/reward_sft.py`, `rewards/zreward.py` and `evaluate.py`; knows any model of the Qwen-VL kind that
+transformers' `AutoModelForImageTextToText` loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewardtune.errors import DataError, RecipeError
+from rewardtune.references import resolve
+from rewardtune.scorer.patches import Geometry, patchify, read_geometry
+from rewardtune.scorer.rubric import FILE, Reading, Rubric, load_rubric, reading, save_rubric
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model with its tokenizer, its rubric, and the rubric in the tokenizer's ids."""
+
+    model: nn.Module
+    tokenizer: Any
+    rubric: Rubric
+    reading: Reading
+    geometry: Geometry
+    stored_dtype: torch.dtype
+    """Dtype of the weights on disk; an export keeps it."""
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        return self.rubric.dimensions
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def levels(self) -> Tensor:
+        """(K,) value of each level, on the model's device."""
+        return torch.tensor(self.rubric.values, device=self.device)
+
+    def logits(self, images: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
+        """(B, D, K) logits of the levels after the temperature, fp32 (fp64 for a model in fp64), with graph.
+
+        images: in [0, 1], (B, 3, H, W) or B tensors (3, H, W); prompts: B strings.
+        """
+        assert len(images) == len(prompts), f"{len(images)} images for {len(prompts)} prompts"
+        rows, grid = patchify(images, self.geometry)
+        rows = rows.to(self.device)
+        if torch.is_grad_enabled() and any(image.requires_grad for image in images):
+            assert rows.requires_grad, "the pixels' gradient was cut on the way to the model"
+        counts = (grid[:, 1] * grid[:, 2] // self.geometry.merge**2).tolist()
+        ids, mask = self._tokens(prompts, counts)
+        # Rows are padded on the left, so that the reads stand at the same places in each. Only these places go through
+        # the output layer: all of them would cost tokens * vocabulary.
+        keep = ids.shape[1] + torch.tensor(self.reading.positions, device=ids.device)
+        logits: Tensor = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            mm_token_type_ids=(ids == self._image_token).int(),
+            pixel_values=rows,
+            image_grid_thw=grid.to(ids.device),
+            logits_to_keep=keep,
+            use_cache=False,
+        ).logits
+        chosen = logits[..., list(self.reading.level_ids)]
+        chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
+        return chosen / self.rubric.temperature
+
+    def distribution(self, images: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
+        """(B, D, K) probabilities over the levels: softmax over the level tokens alone (Z-Reward, section 3)."""
+        return self.logits(images, prompts).softmax(-1)
+
+    @property
+    def _image_token(self) -> int:
+        token: int = self.model.config.image_token_id  # type: ignore[union-attr, assignment]
+        return token
+
+    def _tokens(self, prompts: Sequence[str], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(B, L) ids padded on the left, and the mask of what is not padding."""
+        r = self.reading
+        rows = []
+        for prompt, count in zip(prompts, counts, strict=True):
+            # `split_special_tokens`: a prompt that spells "<|im_end|>" stays text
+            words = self.tokenizer.encode(str(prompt), add_special_tokens=False, split_special_tokens=True)
+            image = [self._image_token] * count
+            first, second = (image, words) if r.image_first else (words, image)
+            rows.append([*r.before, *first, *r.between, *second, *r.after])
+        length = max(map(len, rows))
+        limit = self.model.config.get_text_config().max_position_embeddings  # type: ignore[operator, union-attr]
+        if length > limit:
+            raise DataError(
+                f"image and prompt take {length} tokens, and this scorer reads at most {limit}. Shorten the prompt: "
+                f"{max(prompts, key=len)[:80]!r}..."
+            )
+        filler = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[filler] * (length - len(row)) + row for row in rows], device=self.device)
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        return ids, mask
+
+
+def load_scorer(
+    reference: str | Path,
+    *,
+    revision: str | None = None,
+    rubric: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Scorer:
+    """A scorer from a folder, an export, `pocket:<name>` or a hub id; frozen, in eval mode.
+
+    rubric: a file; the checkpoint's own `rubric.json` when None, and the shipped one where it has none.
+    Raises RecipeError: no such model, not an image-text model, or levels that are not single tokens.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+
+    path = resolve(str(reference))
+    folder = _files(path, revision)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            path, revision=revision, dtype=dtype, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(
+            f"scorer {str(reference)!r} does not load: {' '.join(str(error).split())[:400]} Give the folder of an "
+            "image-text model with its tokenizer, a scorer's export, pocket:<name> or a hub id."
+        ) from error
+    if not hasattr(config, "vision_config") or not hasattr(config.vision_config, "spatial_merge_size"):
+        raise RecipeError(
+            f"scorer {str(reference)!r} is a {config.model_type} model; scorers are Qwen-VL models (qwen3_5, qwen3_vl)."
+        )
+    own = folder is not None and (folder / FILE).is_file()
+    chosen = load_rubric(rubric if rubric is not None else folder if own else None)
+    return Scorer(
+        model=model.to(device).requires_grad_(False).eval(),
+        tokenizer=tokenizer,
+        rubric=chosen,
+        reading=reading(chosen, tokenizer),
+        geometry=read_geometry(config.vision_config, folder),
+        stored_dtype=config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32,
+    )
+
+
+def save_scorer(scorer: Scorer, folder: Path) -> None:
+    """Write a folder that `load_scorer` and plain transformers load. Adapters, if any, must be merged before."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model: Any = scorer.model
+    model.save_pretrained(folder, safe_serialization=True)
+    scorer.tokenizer.save_pretrained(folder)
+    cut = scorer.geometry
+    Qwen2VLImageProcessorPil(
+        patch_size=cut.patch,
+        merge_size=cut.merge,
+        temporal_patch_size=cut.temporal,
+        image_mean=list(cut.mean),
+        image_std=list(cut.std),
+        size={"shortest_edge": cut.min_pixels, "longest_edge": cut.max_pixels},
+    ).save_pretrained(folder)
+    save_rubric(scorer.rubric, folder)
+
+
+def _files(path: str, revision: str | None) -> Path | None:
+    """Folder that holds the small files of a checkpoint; None when a hub id offers none of ours."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    found = None
+    for name in (FILE, "preprocessor_config.json"):
+        try:
+            found = Path(hf_hub_download(path, name, revision=revision)).parent
+        except (HfHubHTTPError, OSError):
+            continue
+    return found

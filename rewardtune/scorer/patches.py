@@ -1,0 +1,99 @@
+"""Pixels to the rows that Qwen's vision towers take, with gradient: the image processors of transformers cut the graph.
+
+Between an image tensor and `model.py`. Equal to `Qwen2VLImageProcessorPil` where no resizing happens (settled: no
+torchvision); where it happens, bicubic with antialiasing instead of Pillow's bicubic on bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewardtune.errors import DataError
+from rewardtune.images import resize
+
+FILE = "preprocessor_config.json"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a checkpoint cuts pictures: all of it is read from its files.
+
+    patch, merge: side of a patch in pixels, and of the square of patches that becomes one image token.
+    temporal: frames of a patch; a still picture is repeated. mean, std: per channel. min_pixels, max_pixels: bounds of
+    the area after resizing.
+    """
+
+    patch: int
+    merge: int
+    temporal: int
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    min_pixels: int = 256 * 256
+    max_pixels: int = 4096 * 4096
+
+    def fit(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after resizing: multiples of patch * merge, area within bounds, shape nearly kept."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
+            raise DataError(f"a picture of {width} x {height} pixels is too narrow to be scored.")
+        size: tuple[int, int] = smart_resize(
+            height, width, factor=self.patch * self.merge, min_pixels=self.min_pixels, max_pixels=self.max_pixels
+        )
+        return size
+
+    def tokens(self, height: int, width: int) -> int:
+        """Image tokens of a picture that has been resized."""
+        return (height // (self.patch * self.merge)) * (width // (self.patch * self.merge))
+
+
+def read_geometry(vision_config: Any, folder: str | Path | None) -> Geometry:
+    """Patch sizes from the model's config; normalisation and bounds from `preprocessor_config.json` where there is one.
+
+    Without that file: mean and standard deviation one half, 65,536 to 16,777,216 pixels, as Qwen3-VL.
+    """
+    cut = {
+        "patch": vision_config.patch_size,
+        "merge": vision_config.spatial_merge_size,
+        "temporal": vision_config.temporal_patch_size,
+    }
+    file = Path(folder) / FILE if folder is not None else None
+    if file is None or not file.is_file():
+        return Geometry(**cut)
+    found = json.loads(file.read_text(encoding="utf-8"))
+    size = found.get("size", {})
+    low = size.get("shortest_edge", found.get("min_pixels", Geometry.min_pixels))
+    high = size.get("longest_edge", found.get("max_pixels", Geometry.max_pixels))
+    mean, std = tuple(found.get("image_mean", Geometry.mean)), tuple(found.get("image_std", Geometry.std))
+    return Geometry(**cut, mean=mean, std=std, min_pixels=low, max_pixels=high)
+
+
+def patchify(images: Tensor | Sequence[Tensor], geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Images in [0, 1] -> (rows, 3 * temporal * patch^2) and the grid (B, 3) of frames, rows and columns of patches.
+
+    images: (B, 3, H, W), or B tensors (3, H, W) of different sizes. Differentiable; each picture is resized to
+    `geometry.fit` first. Computes in fp32, or fp64 when given that.
+    """
+    if not isinstance(images, Tensor):
+        parts = [patchify(image[None], geometry) for image in images]
+        return torch.cat([rows for rows, _ in parts]), torch.cat([grid for _, grid in parts])
+    images = images if images.dtype == torch.float64 else images.float()
+    height, width = geometry.fit(*images.shape[-2:])
+    images = resize(images, (height, width))
+    mean, std = (images.new_tensor(v).view(-1, 1, 1) for v in (geometry.mean, geometry.std))
+    x = (images - mean) / std
+    p, m, t = geometry.patch, geometry.merge, geometry.temporal
+    b, c = x.shape[:2]
+    down, across = height // p, width // p
+    x = x.reshape(b, c, down // m, m, p, across // m, m, p)
+    # batch, block row, block column, row and column within the block, channel, (frame), pixel row, pixel column
+    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6)
+    x = x.expand(*x.shape[:6], t, p, p).reshape(b * down * across, c * t * p * p)
+    return x, torch.tensor([[1, down, across]] * b, device=x.device)

@@ -1,0 +1,75 @@
+"""Back-propagate rewards through the sampling chain: roll out, decode, score, differentiate.
+
+The way the gradient is taken is `gradients/`'s; what is maximised is `scoring.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rewardtune.plugins import Guidance, Pipeline
+from rewardtune.randomness import choice, epoch_index, generator
+from rewardtune.rollout import Chain
+from rewardtune.scoring import RewardSet
+from rewardtune.types import Prompt, StepOutput
+
+
+@dataclass(frozen=True)
+class Batch:
+    step: int
+    prompts: list[Prompt]
+    noise: Tensor
+
+
+class DirectReward:
+    """See `tasks.Task`. `method` is a `gradients.Method` with its settings bound."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        trainable: Mapping[str, nn.Module],
+        prompts: Sequence[Prompt],
+        rewards: RewardSet,
+        method: Callable[..., Tensor],
+        num_steps: int,
+        guidance: Guidance,
+        size: tuple[int, int],
+        seed: int,
+        samples: Callable[[], Tensor | None],
+        export: Callable[[Path, Mapping[str, str]], None],
+    ) -> None:
+        self.pipeline, self.trainable, self.prompts, self.rewards = pipeline, trainable, prompts, rewards
+        self.method, self.num_steps, self.guidance, self.size, self.seed = method, num_steps, guidance, size, seed
+        self.samples, self.export = samples, export
+
+    def batch(self, step: int, indices: Sequence[int]) -> Batch:
+        rows = [epoch_index(self.seed, "prompts/order", i, len(self.prompts)) for i in indices]
+        prompts = [self.prompts[row] for row in rows]
+        noise = self.pipeline.noise([generator(self.seed, "rollout/noise", i) for i in indices], self.size)
+        return Batch(step, prompts, noise)
+
+    def step(self, batch: Batch) -> StepOutput:
+        conditioning = self._encode(batch.prompts)
+        chain = Chain(self.pipeline, conditioning, num_steps=self.num_steps, guidance=self.guidance, size=self.size)
+        latents = self.method(chain, batch.noise, choice(self.seed, "gradient/step", batch.step))
+        # recomputing the decoder keeps its graph away while the reward's lives, and the other way round
+        images = checkpoint(self.pipeline.decode, latents, use_reentrant=False, preserve_rng_state=False)
+        value, metrics = self.rewards.score(images.clamp(0, 1), batch.prompts)
+        return StepOutput(loss=-value.mean(), metrics={**metrics, "objective": value.detach().mean().item()})
+
+    def evaluate(self) -> Mapping[str, float]:
+        return {}
+
+    def _encode(self, prompts: Sequence[Prompt]) -> Any:
+        """Conditioning; with graph only where a text encoder is trained."""
+        encoder = self.trainable.get("text_encoder")
+        with torch.set_grad_enabled(encoder is not None):
+            return self.pipeline.encode(prompts, self.guidance)

@@ -1,0 +1,246 @@
+"""Checks that need more than the schema, still without torch: do the parts named in a recipe exist and fit together?
+
+`recipe_file.py` calls these on the plain data of a recipe, so that they speak even where the schema found mistakes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from rewardtune import registry
+from rewardtune.errors import DataError, PluginError, RecipeError, RewardTuneError
+from rewardtune.mistakes import Loc, Mistake, dotted, schema_mistakes, value_at
+from rewardtune.plugins import RewardCard
+from rewardtune.references import PREFIX, pocket_path, resolve
+from rewardtune.suggest import closest
+
+HEAD_BYTES = 1_000_000
+"""Data files up to this size are read whole; of larger ones only the first rows, so that validate stays quick."""
+HEAD_ROWS = 50
+
+
+def check_joins(data: Mapping[str, Any]) -> list[Mistake]:
+    """Rewards: known, loadable, differentiable where a task needs it, with options and dimensions of their own."""
+    mistakes: list[Mistake] = []
+    for section in (("rewards",), ("compare", "rewards")):
+        entries = value_at(data, section)
+        for index, entry in enumerate(entries if isinstance(entries, list) else []):
+            if isinstance(entry, dict) and isinstance(entry.get("name"), str):
+                training = section == ("rewards",) and data.get("task") == "direct_reward"
+                mistakes += _check_reward((*section, index), entry, training=training)
+    judge = value_at(data, ("compare", "judge"))
+    if isinstance(judge, str):
+        mistakes += _load_mistakes(("compare", "judge"), judge)
+    family = value_at(data, ("pipeline", "family"))
+    if isinstance(family, str):
+        mistakes += _check_family(family, value_at(data, ("pipeline", "options")))
+    return mistakes
+
+
+def check_files(data: Mapping[str, Any]) -> list[Mistake]:
+    """What a recipe refers to is there: models, data files (their first rows), rubrics. Fetches nothing."""
+    mistakes: list[Mistake] = []
+    model = value_at(data, ("pipeline", "model"))
+    if isinstance(model, str):
+        mistakes += _check_pipeline(model, data)
+    mistakes += _refers(("scorer", "model"), data, resolve)
+    mistakes += _refers(("scorer", "rubric"), data, _existing)
+    for loc, kind in DATA_FILES.items():
+        mistakes += _refers(loc, data, partial(_check_data_file, kind=kind))
+    entries = value_at(data, ("rewards",))
+    for index, entry in enumerate(entries if isinstance(entries, list) else []):
+        options = value_at(entry, ("options",))
+        for key in options if isinstance(options, dict) else ():
+            if key in ("checkpoint", "model") or str(options[key]).startswith(PREFIX):
+                mistakes += _refers(("rewards", index, "options", key), data, resolve)
+    return mistakes
+
+
+# ------------------------------------------------------------------------------------------------------------ rewards
+
+
+def _check_reward(loc: Loc, entry: Mapping[str, Any], *, training: bool) -> Iterator[Mistake]:
+    name = entry["name"]
+    found = _load_mistakes((*loc, "name"), name)
+    if found:
+        yield from found
+        return
+    plugin: Any = registry.rewards.load_class(name)
+    card: RewardCard = plugin.card
+    if training and not card.differentiable:
+        yield Mistake(
+            (*loc, "name"),
+            f"reward '{name}' returns no gradient, so task direct_reward cannot train on it; move it to "
+            "compare.rewards, where it judges the result",
+        )
+    if why := missing_requirement(card):
+        yield Mistake((*loc, "name"), f"reward '{name}' {why}")
+    yield from _check_options((*loc, "options"), entry.get("options"), plugin.Config)
+    yield from _check_reduction(loc, entry, card)
+
+
+def _check_reduction(loc: Loc, entry: Mapping[str, Any], card: RewardCard) -> Iterator[Mistake]:
+    """`statistic` and `dimensions` speak of a distribution, which scalar rewards do not have."""
+    for key in ("statistic", "dimensions"):
+        if entry.get(key) is not None and not card.dimensions:
+            yield Mistake((*loc, key), f"{key} needs a distributional reward; '{card.name}' gives one number an image")
+    wanted = entry.get("dimensions")
+    if card.dimensions and isinstance(wanted, dict):
+        for name in wanted:
+            if name not in card.dimensions:
+                guess = closest(str(name), card.dimensions)
+                known = ", ".join(card.dimensions)
+                yield Mistake(
+                    (*loc, "dimensions", name), f"dimension '{name}' unknown in '{card.name}' (it has {known}){guess}"
+                )
+        if not any(wanted.values()):
+            yield Mistake((*loc, "dimensions"), "at least one dimension needs a weight other than zero")
+    threshold = value_at(entry, ("statistic", "threshold"))
+    if isinstance(threshold, int | float) and card.range and not card.range[0] < threshold <= card.range[1]:
+        low, high = card.range
+        yield Mistake(
+            (*loc, "statistic", "threshold"),
+            f"a threshold of {threshold:g} is always or never reached by '{card.name}', whose values lie between "
+            f"{low:g} and {high:g}; choose one above {low:g} and at most {high:g}",
+        )
+
+
+def missing_requirement(card: RewardCard) -> str | None:
+    """`needs x, which is not installed: pip install ...` for the first module of the card that cannot be found."""
+    for module in card.requires:
+        if importlib.util.find_spec(module.partition(".")[0]) is None:
+            package = f"'rewardtune[{card.extra}]'" if card.extra else module
+            return f"needs {module}, which is not installed: pip install {package}"
+    return None
+
+
+def _load_mistakes(loc: Loc, name: str) -> list[Mistake]:
+    try:
+        registry.rewards.load_class(name)
+    except PluginError as error:
+        return [Mistake(loc, str(error))]
+    return []
+
+
+def _check_options(loc: Loc, options: Any, config: type[BaseModel]) -> list[Mistake]:
+    """A plug-in's own options against its own Config."""
+    if options is not None and not isinstance(options, dict):
+        return []  # the schema has said so
+    try:
+        config.model_validate_json(json.dumps(options or {}), strict=True)
+    except ValidationError as error:
+        return schema_mistakes(error, config, options or {}, at=loc)
+    return []
+
+
+# ---------------------------------------------------------------------------------------------------------- pipelines
+
+
+def _check_family(family: str, options: Any) -> list[Mistake]:
+    try:
+        plugin: Any = registry.pipelines.load_class(family)
+    except PluginError as error:
+        return [Mistake(("pipeline", "family"), str(error))]
+    return _check_options(("pipeline", "options"), options, plugin.Config)
+
+
+def _check_pipeline(model: str, data: Mapping[str, Any]) -> list[Mistake]:
+    """A local checkpoint is a diffusers folder of a known family; a hub id is not looked up."""
+    loc: Loc = ("pipeline", "model")
+    try:
+        path = Path(resolve(model))
+    except RecipeError as error:
+        return [Mistake(loc, str(error))]
+    if not path.exists():
+        return []
+    index_file = path / "model_index.json"
+    if not index_file.is_file():
+        return [
+            Mistake(loc, f"{model} holds no model_index.json, so it is not a diffusers pipeline; give its top folder")
+        ]
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        return [Mistake(loc, f"{index_file} cannot be read: {error}")]
+    if value_at(data, ("pipeline", "family")) is not None:
+        return []  # the join check has looked at it
+    for name in registry.pipelines.names():
+        if registry.pipelines.trouble(name):
+            continue
+        plugin: Any = registry.pipelines.load_class(name)
+        if plugin.matches(index):
+            return _check_options(("pipeline", "options"), value_at(data, ("pipeline", "options")), plugin.Config)
+    return [
+        Mistake(
+            loc,
+            f"{model} is a {index.get('_class_name', 'pipeline of unknown class')}, which no family recognises; "
+            f"there are {', '.join(registry.pipelines.names())} (name one with pipeline.family if it works alike)",
+        )
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------- data files
+
+
+DATA_FILES: Mapping[Loc, str] = {
+    ("data", "prompts"): "prompts",
+    ("data", "manifest"): "captioned images",
+    ("data", "records"): "preference records",
+    ("data", "held_out"): "preference records",
+    ("compare", "prompts"): "prompts",
+}
+_COLUMNS = {"prompts": ("prompt",), "captioned images": ("image", "caption"), "preference records": ("prompt",)}
+
+
+def _refers(loc: Loc, data: Mapping[str, Any], check: Callable[[str], object]) -> list[Mistake]:
+    """Run a check on the reference at a place, if there is one."""
+    reference = value_at(data, loc)
+    if not isinstance(reference, str):
+        return []
+    try:
+        check(reference)
+    except RewardTuneError as error:
+        return [Mistake(loc, f"{dotted(loc)}: {error}", data=isinstance(error, DataError))]
+    return []
+
+
+def _existing(reference: str) -> Path:
+    path = pocket_path(reference) if reference.startswith(PREFIX) else Path(reference).expanduser()
+    if not path.is_file():
+        raise RecipeError(f"there is no file {reference!r} (relative paths start at {Path.cwd()})")
+    return path
+
+
+def _check_data_file(reference: str, *, kind: str) -> None:
+    path = _existing(reference)
+    from rewardtune import data
+
+    if path.stat().st_size <= HEAD_BYTES:
+        readers: dict[str, Callable[[str], object]] = {
+            "prompts": data.read_prompts,
+            "captioned images": data.read_captioned_images,
+            "preference records": data.read_records,
+        }
+        readers[kind](reference)
+    elif path.suffix == ".jsonl":
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for number, line in zip(range(1, HEAD_ROWS + 1), lines, strict=False):
+                _check_row(path, number, line, kind)
+
+
+def _check_row(path: Path, number: int, line: str, kind: str) -> None:
+    """Whether one row of a long file has the columns that its kind needs."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}:{number}: this is not JSON: {error}") from error
+    for column in _COLUMNS[kind]:
+        if not isinstance(row, dict) or column not in row:
+            raise DataError(f"{path}:{number}: a row of {kind} needs '{column}'")

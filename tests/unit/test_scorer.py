@@ -1,0 +1,488 @@
+"""The scorer on a tiny, randomly initialised Qwen3.5 of both kinds of attention: reading, pixels, gradients, files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from rewardtune.data import PreferenceGroup, RatedImage
+from rewardtune.errors import DataError, RecipeError
+from rewardtune.images import to_tensor
+from rewardtune.rewards.zreward import ZReward
+from rewardtune.scorer.evaluate import evaluate_groups
+from rewardtune.scorer.model import Scorer, load_scorer, save_scorer
+from rewardtune.scorer.patches import Geometry, patchify
+from rewardtune.scorer.rubric import Rubric, load_rubric, reading
+from rewardtune.tasks.reward_sft import RewardSft, rated_rows, target_maker
+from rewardtune.types import Prompt
+
+SPECIAL = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+LEVELS = [f"{1 + k / 2:.1f}" for k in range(9)]
+NAMES = ["alignment", "realism", "aesthetics", "plausibility"]
+RUBRIC = {
+    "dimensions": NAMES,
+    "levels": [{"token": text, "value": float(text)} for text in LEVELS],
+    "template": "<|im_start|>user <|vision_start|>{image}<|vision_end|> {prompt}<|im_end|><|im_start|>assistant",
+    "reads": [f" {name} :" for name in NAMES],
+}
+
+
+def tokenizer(words: list[str], pattern: str = r"\d+\.\d+|\w+|[^\w\s]") -> PreTrainedTokenizerFast:
+    table = {w: i for i, w in enumerate(dict.fromkeys([*SPECIAL, *words]))}
+    made = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
+    made.normalizer = normalizers.Lowercase()
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), behavior="isolated"), pre_tokenizers.WhitespaceSplit()]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", eos_token="<|im_end|>",
+        extra_special_tokens=SPECIAL[2:],
+    )  # fmt: skip
+
+
+WORDS = [*LEVELS, "user", "assistant", ":", *NAMES, *"a red dog cat and two cats on grass the left of".split()]
+
+
+def write_scorer(folder: Path, *, layers: list[str], dtype: torch.dtype = torch.float32) -> Path:
+    """Patches of 4, merged 2 x 2, pictures of 16 x 16: 4 image tokens."""
+    words = tokenizer(WORDS)
+    ids = words.convert_tokens_to_ids
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": len(words), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": len(layers),
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "layer_types": layers,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "tie_word_embeddings": True, "max_position_embeddings": 256, "initializer_range": 0.2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2],
+                            "mrope_interleaved": True, "partial_rotary_factor": 1.0},
+    }  # fmt: skip
+    eye = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "initializer_range": 0.2,
+        "temporal_patch_size": 2, "spatial_merge_size": 2, "out_hidden_size": 32, "num_position_embeddings": 16,
+    }  # fmt: skip
+    config = Qwen3_5Config(
+        text_config=text, vision_config=eye, tie_word_embeddings=True, image_token_id=ids("<|image_pad|>"),
+        video_token_id=len(words) - 1, vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+    )  # fmt: skip
+    Qwen3_5ForConditionalGeneration(config).to(dtype).save_pretrained(folder)
+    words.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, temporal_patch_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        size={"shortest_edge": 256, "longest_edge": 256},
+    ).save_pretrained(folder)  # fmt: skip
+    (folder / "rubric.json").write_text(json.dumps(RUBRIC))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_scorer(tmp_path_factory.mktemp("scorer"), layers=["linear_attention", "full_attention"])
+
+
+@pytest.fixture(scope="module")
+def scorer(folder: Path) -> Scorer:
+    return load_scorer(folder)
+
+
+def pictures(count: int, *, seed: int = 0, size: tuple[int, int] = (16, 16)) -> torch.Tensor:
+    return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+PROMPTS = ["a red dog", "two cats and a dog on the left of a red dog", "a cat"]
+
+
+# ------------------------------------------------------------------------------------------------------------- pixels
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 32), (24, 8)])
+def test_patchify_equals_the_pil_processor_where_no_resize_happens(size: tuple[int, int]):
+    made = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
+    images = [Image.fromarray(a) for a in made]
+    bounds = {"shortest_edge": 1, "longest_edge": 10_000}
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, temporal_patch_size=2, image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.2, 0.6], size=bounds
+    )  # fmt: skip
+    wanted = processor(images, return_tensors="pt")
+    geometry = Geometry(4, 2, 2, (0.5, 0.4, 0.3), (0.5, 0.2, 0.6), min_pixels=1, max_pixels=10_000)
+    rows, grid = patchify(to_tensor(images), geometry)
+    torch.testing.assert_close(rows, wanted["pixel_values"], atol=1e-6, rtol=0)
+    assert grid.tolist() == wanted["image_grid_thw"].tolist()
+
+
+def test_patchify_resizes_as_the_processor_and_close_to_it():
+    # a smooth picture: Pillow rounds to bytes on the way, we do not
+    ramp = np.linspace(0, 255, 40)
+    made = np.stack([np.add.outer(ramp, ramp) / 2] * 3, -1).round().astype(np.uint8)
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, temporal_patch_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        size={"shortest_edge": 256, "longest_edge": 256},
+    )  # fmt: skip
+    wanted = processor([Image.fromarray(made)], return_tensors="pt")
+    rows, grid = patchify(to_tensor([Image.fromarray(made)]), Geometry(4, 2, 2, min_pixels=256, max_pixels=256))
+    assert grid.tolist() == wanted["image_grid_thw"].tolist() == [[1, 4, 4]]
+    assert (rows - wanted["pixel_values"]).abs().max() < 2.5 / 255 * 2
+
+
+def test_patchify_takes_pictures_of_different_sizes():
+    geometry = Geometry(4, 2, 2, min_pixels=1, max_pixels=10_000)
+    a, b = pictures(1, size=(16, 16)), pictures(1, seed=1, size=(8, 24))
+    rows, grid = patchify([a[0], b[0]], geometry)
+    assert grid.tolist() == [[1, 4, 4], [1, 2, 6]]
+    assert torch.equal(rows, torch.cat([patchify(a, geometry)[0], patchify(b, geometry)[0]]))
+
+
+def test_patchify_keeps_the_gradient_through_a_resize():
+    images = pictures(2, size=(40, 24)).requires_grad_()
+    rows, _ = patchify(images, Geometry(4, 2, 2, min_pixels=256, max_pixels=256))
+    rows.pow(2).sum().backward()
+    assert images.grad is not None and (images.grad != 0).float().mean() > 0.99
+
+
+def test_too_narrow_pictures_are_refused():
+    with pytest.raises(DataError, match="too narrow"):
+        patchify(torch.zeros(1, 3, 2, 4000), Geometry(4, 2, 2))
+
+
+# ------------------------------------------------------------------------------------------------------------- rubric
+
+
+def rubric(**changes: Any) -> Rubric:
+    return Rubric.model_validate({**RUBRIC, **changes})
+
+
+def test_reading_finds_the_tokens_before_the_levels():
+    words = tokenizer(WORDS)
+    read = reading(rubric(), words)
+    assert words.convert_ids_to_tokens(list(read.level_ids)) == LEVELS
+    tail = words.convert_ids_to_tokens(list(read.after))
+    assert tail[-8:] == ["alignment", ":", "realism", ":", "aesthetics", ":", "plausibility", ":"]
+    assert [tail[p - 1] for p in read.positions] == NAMES and {tail[p] for p in read.positions} == {":"}
+    assert read.image_first
+
+
+def test_levels_that_are_several_tokens_are_refused_by_name():
+    # as in Qwen's vocabularies, every digit and point is a token of its own
+    split = tokenizer([*WORDS, *"0123456789."], pattern=r"\d|\w+|[^\w\s]")
+    with pytest.raises(RecipeError, match=r"not one token.*'3\.5' \(value 3\.5\)"):
+        reading(rubric(), split)
+    digits = [{"token": str(k + 1), "value": 1 + k / 2} for k in range(9)]
+    assert len(set(reading(rubric(levels=digits), split).level_ids)) == 9
+
+
+def test_unknown_and_equal_level_tokens_are_refused():
+    words = tokenizer(WORDS)
+    strange = [*RUBRIC["levels"][:8], {"token": "zebra", "value": 5.0}]
+    with pytest.raises(RecipeError, match="'zebra'"):
+        reading(rubric(levels=strange), words)
+    same = [{"token": "dog", "value": 1.0}, {"token": "DOG", "value": 2.0}]
+    with pytest.raises(RecipeError, match="two levels are the same token"):
+        reading(rubric(levels=same), words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reads": [" alignment :"]}, "4 dimensions need as many reads"),
+        ({"reads": [" a :", "", " b :", " c :"]}, "may not be empty"),
+        ({"template": "{prompt}"}, r"\{image\} exactly once"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"levels": [{"token": "a", "value": 2.0}, {"token": "b", "value": 1.0}]}, "values must rise"),
+        ({"scale": 3}, "scale"),
+    ],
+)
+def test_mistakes_in_a_rubric_file_are_named(tmp_path: Path, changes: dict[str, Any], message: str):
+    (tmp_path / "rubric.json").write_text(json.dumps({**RUBRIC, **changes}))
+    with pytest.raises(RecipeError, match=message):
+        load_rubric(tmp_path)
+
+
+def test_a_rubric_that_is_no_json_or_not_there_is_named(tmp_path: Path):
+    (tmp_path / "rubric.json").write_text("{")
+    with pytest.raises(RecipeError, match="not JSON"):
+        load_rubric(tmp_path)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_rubric(tmp_path / "other.json")
+
+
+def test_the_shipped_rubric_has_nine_levels_and_four_dimensions():
+    shipped = load_rubric()
+    assert shipped.values == tuple(1 + k / 2 for k in range(9))
+    assert shipped.dimensions == tuple(NAMES)
+
+
+# ------------------------------------------------------------------------------------------------------- forward pass
+
+
+def test_distribution_is_the_closed_set_softmax_of_the_models_own_next_tokens(scorer: Scorer):
+    """Recomputed the plain way: one text, no padding, all logits, level columns picked afterwards."""
+    images, prompt = pictures(1), "a red dog"
+    found = scorer.distribution(images, [prompt])
+    assert found.shape == (1, 4, 9)
+    text = RUBRIC["template"].replace("{image}", "<|image_pad|>" * 4).replace("{prompt}", prompt)
+    ids = scorer.tokenizer(text + "".join(RUBRIC["reads"]), return_tensors="pt").input_ids
+    rows, grid = patchify(images, scorer.geometry)
+    with torch.no_grad():
+        logits = scorer.model(
+            input_ids=ids, pixel_values=rows, image_grid_thw=grid, use_cache=False,
+            mm_token_type_ids=(ids == scorer.model.config.image_token_id).int(),
+        ).logits[0]  # fmt: skip
+    levels = scorer.tokenizer.convert_tokens_to_ids(LEVELS)
+    colons = (ids[0] == scorer.tokenizer.convert_tokens_to_ids(":")).nonzero()[:, 0]
+    wanted = logits[colons][:, levels].softmax(-1)
+    torch.testing.assert_close(found[0], wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.sum(-1), torch.ones(1, 4))
+
+
+def test_temperature_flattens(scorer: Scorer):
+    hot = replace(scorer, rubric=rubric(temperature=2.0))
+    images = pictures(1)
+    torch.testing.assert_close(hot.logits(images, ["a cat"]) * 2, scorer.logits(images, ["a cat"]))
+
+
+def test_batch_mates_change_nothing(scorer: Scorer):
+    images = pictures(3)
+    together = scorer.distribution(images, PROMPTS) @ scorer.levels
+    for i in range(3):
+        alone = scorer.distribution(images[i : i + 1], PROMPTS[i : i + 1]) @ scorer.levels
+        assert (alone[0] - together[i]).abs().max() <= 1e-6
+    other = scorer.distribution(torch.cat([images[:1], pictures(2, seed=9)]), [PROMPTS[0], "a", PROMPTS[1]])
+    assert ((other @ scorer.levels)[0] - together[0]).abs().max() <= 1e-6
+
+
+def test_image_and_prompt_both_matter(scorer: Scorer):
+    images = pictures(2)
+    a = scorer.distribution(images, ["a cat", "a cat"])
+    assert (a[0] - a[1]).abs().max() > 1e-4
+    b = scorer.distribution(images[:1], ["a red dog"])
+    assert (a[0] - b[0]).abs().max() > 1e-4
+
+
+def test_special_tokens_in_a_prompt_stay_text(scorer: Scorer):
+    ids, _ = scorer._tokens(["a cat <|image_pad|> <|im_end|> dog"], [4])
+    names = scorer.tokenizer.convert_ids_to_tokens(ids[0].tolist())
+    assert names.count("<|image_pad|>") == 4 and names.count("<|im_end|>") == 1
+    assert scorer.distribution(pictures(1), ["<|image_pad|><|vision_end|>"]).isfinite().all()
+
+
+def test_an_empty_prompt_is_scored_and_a_huge_one_refused(scorer: Scorer):
+    assert scorer.distribution(pictures(1), [""]).isfinite().all()
+    with pytest.raises(DataError, match="reads at most 256"):
+        scorer.distribution(pictures(1), ["dog " * 300])
+
+
+# ---------------------------------------------------------------------------------------------------------- gradients
+
+
+def test_each_image_gets_its_own_gradient_and_no_other(scorer: Scorer):
+    images = pictures(3).requires_grad_()
+    value = (scorer.distribution(images, PROMPTS) @ scorer.levels).mean(-1)
+    for i in range(3):
+        (gradient,) = torch.autograd.grad(value[i], images, retain_graph=True)
+        assert gradient[i].abs().max() > 1e-5 and (gradient[i] != 0).float().mean() > 0.99
+        assert torch.equal(gradient[torch.arange(3) != i], torch.zeros(2, 3, 16, 16))
+
+
+def test_gradient_agrees_with_finite_differences_in_fp64(tmp_path: Path):
+    # full attention only: the torch form of the linear layers computes in fp32 whatever it is given
+    made = load_scorer(write_scorer(tmp_path, layers=["full_attention"] * 2), dtype=torch.float64)
+    images = pictures(2).double().requires_grad_()
+    levels = made.levels.double()
+
+    def value(x: torch.Tensor) -> torch.Tensor:
+        return (made.distribution(x, PROMPTS[:2]) @ levels).sum()
+
+    (gradient,) = torch.autograd.grad(value(images), images)
+    for seed in range(5):
+        direction = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        step = 1e-5
+        with torch.no_grad():
+            slope = (value(images + step * direction) - value(images - step * direction)) / (2 * step)
+        assert (gradient * direction).sum().item() == pytest.approx(slope.item(), rel=1e-5, abs=1e-9)
+
+
+def test_frozen_weights_get_no_gradient(scorer: Scorer):
+    assert not any(p.requires_grad for p in scorer.model.parameters())
+    assert not scorer.distribution(pictures(1), ["a cat"]).requires_grad
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_scorer_reloads_equal(scorer: Scorer, tmp_path: Path):
+    save_scorer(scorer, tmp_path)
+    again = load_scorer(tmp_path)
+    images = pictures(3)
+    assert torch.equal(again.distribution(images, PROMPTS), scorer.distribution(images, PROMPTS))
+    assert again.geometry == scorer.geometry and again.rubric == scorer.rubric
+
+
+def test_weights_stored_in_bfloat16_load_in_the_dtype_asked_for(tmp_path: Path):
+    write_scorer(tmp_path, layers=["full_attention"], dtype=torch.bfloat16)
+    loaded = load_scorer(tmp_path)
+    assert loaded.stored_dtype == torch.bfloat16
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+    assert load_scorer(tmp_path, dtype=torch.bfloat16).distribution(pictures(1), ["a cat"]).dtype == torch.float32
+
+
+def test_what_is_no_scorer_is_refused(tmp_path: Path):
+    with pytest.raises(RecipeError, match="no such folder"):
+        load_scorer(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(RecipeError, match="does not load"):
+        load_scorer(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- reward
+
+
+def test_the_card_of_zreward_imports_no_torch():
+    code = "import sys; import rewardtune.rewards.zreward as z; z.ZReward.card, z.ZReward.Config(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_zreward_value_is_the_mean_of_the_dimensions_expectations(folder: Path):
+    reward = ZReward.load(ZReward.Config(checkpoint=str(folder)), device="cpu")
+    score = reward.score(pictures(3), PROMPTS)
+    assert score.distribution is not None and score.levels is not None
+    by_hand = [
+        sum((1 + k / 2) * p for d in row for k, p in enumerate(d)) / 4 for row in score.distribution.tolist()
+    ]  # fmt: skip
+    assert score.value.tolist() == pytest.approx(by_hand, abs=1e-5)
+    assert score.dimensions == tuple(NAMES) and list(score.parts) == NAMES
+    torch.testing.assert_close(torch.stack(list(score.parts.values())).mean(0), score.value)
+    assert reward.card.native_resolution == 16 and reward.card.range == (1.0, 5.0) and reward.card.differentiable
+
+
+def test_zreward_resizes_and_stays_differentiable(folder: Path):
+    reward = ZReward.load(ZReward.Config(checkpoint=str(folder)), device="cpu")
+    images = pictures(2, size=(48, 48)).requires_grad_()
+    reward.score(images, PROMPTS[:2]).value.sum().backward()
+    assert images.grad is not None and all((g != 0).float().mean() > 0.9 for g in images.grad)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def rated(tmp_path: Path, scores: list[dict[str, float]], annotations: Any = ()) -> list[PreferenceGroup]:
+    images = []
+    for i, score in enumerate(scores):
+        file = tmp_path / f"{i}.png"
+        shade = np.full((16, 16, 3), 40 + 60 * i, np.uint8)
+        Image.fromarray(shade).save(file)
+        images.append(RatedImage(file, score, tuple(annotations)))
+    return [PreferenceGroup("g", Prompt("a red dog"), tuple(images))]
+
+
+def full(value: float) -> dict[str, float]:
+    return dict.fromkeys(NAMES, value)
+
+
+def trained(task: RewardSft, steps: int, lr: float = 3e-3) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in task.trainable["scorer"].parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for step in range(steps):
+        output = task.step(task.batch(step, range(4 * step, 4 * step + 4)))
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.loss.item())
+    return losses
+
+
+def new_task(folder: Path, groups: list[PreferenceGroup], target: str = "two-hot", **changes: Any) -> RewardSft:
+    scorer = load_scorer(folder)
+    scorer.model.requires_grad_(True)
+    rows = rated_rows(groups, target_maker(target, scorer))
+    return RewardSft(scorer, rows=rows, seed=0, base=str(folder), **changes)
+
+
+def test_training_learns_the_scores_and_orders_the_pictures(folder: Path, tmp_path: Path):
+    groups = rated(tmp_path, [full(1.5), full(3.25), full(4.5)])
+    task = new_task(folder, groups, held_out=groups)
+    losses = trained(task, 60)
+    assert losses[-1] < 0.5 < losses[0]
+    figures = task.evaluate()
+    assert figures["hpa"] == 1.0 and figures["alignment/srcc"] == pytest.approx(1.0)
+    document = evaluate_groups(task.scorer, groups, resamples=0)
+    assert document["pairs"] == 12 and document["images"] == 3 and document["tokens_per_score"] == 1.0
+
+
+@pytest.mark.parametrize("target", ["hard", "two-hot", "histogram"])
+def test_targets_of_rows(folder: Path, tmp_path: Path, target: str):
+    notes = [full(3.0), full(4.0), {"alignment": 4.0}]
+    groups = rated(tmp_path, [{"alignment": 3.6, "realism": 3.5}], notes)
+    row = new_task(folder, groups, target).rows[0].target
+    at = {"hard": {5: 1.0}, "two-hot": {5: 0.8, 6: 0.2}, "histogram": {4: 1 / 3, 6: 2 / 3}}[target]
+    expected = torch.zeros(9)
+    for level, mass in at.items():
+        expected[level] = mass
+    torch.testing.assert_close(row[0], expected)
+    # realism: rated by two annotators and in the aggregate; aesthetics by annotators only
+    assert row[1].isfinite().all() and row[2].isfinite().all() == (target == "histogram")
+
+
+def test_a_batch_is_named_by_its_indices(folder: Path, tmp_path: Path):
+    task = new_task(folder, rated(tmp_path, [full(1.0), full(2.0), full(3.0)]))
+    whole = task.batch(0, [0, 1, 2, 3, 4, 5])
+    part = task.batch(7, [4, 2])
+    assert torch.equal(part.target, whole.target[[4, 2]])
+    # every row once an epoch
+    shades = sorted(float(image.mean()) for image in whole.images[:3])
+    assert shades == sorted(float(image.mean()) for image in whole.images[3:]) and len(set(shades)) == 3
+
+
+def test_records_without_scores_are_refused(folder: Path, tmp_path: Path):
+    with pytest.raises(DataError, match="only preferences"):
+        new_task(folder, rated(tmp_path, [{}, {}]))
+
+
+def test_export_reloads_and_says_what_it_is(folder: Path, tmp_path: Path):
+    task = new_task(folder, rated(tmp_path, [full(1.0), full(5.0)]))
+    trained(task, 3)
+    out = tmp_path / "export"
+    out.mkdir()
+    task.export(out, {"name": "try", "step": "3"})
+    images = pictures(2)
+    found = load_scorer(out).distribution(images, PROMPTS[:2])
+    torch.testing.assert_close(found, task.scorer.distribution(images, PROMPTS[:2]).detach(), atol=1e-6, rtol=0)
+    assert (found - load_scorer(folder).distribution(images, PROMPTS[:2])).abs().max() > 1e-3
+    assert "in one forward pass" in (out / "README.md").read_text()
+    assert json.loads((out / "rewardtune.json").read_text())["step"] == "3"
+    # plain transformers reads it too
+    Qwen3_5ForConditionalGeneration.from_pretrained(out)
+
+
+def test_adapters_are_merged_into_the_export(folder: Path, tmp_path: Path):
+    from rewardtune.recipe import RewardSftRecipe
+    from rewardtune.data import write_records
+    from rewardtune.tasks.reward_sft import build_reward_sft
+
+    write_records(rated(tmp_path, [full(1.0), full(5.0)]), tmp_path / "records.jsonl")
+    recipe = RewardSftRecipe.model_validate({
+        "task": "reward_sft", "scorer": {"model": str(folder), "lora": {"rank": 4}}, "train": {"steps": 3},
+        "data": {"records": str(tmp_path / "records.jsonl")},
+    })  # fmt: skip
+    task = build_reward_sft(recipe, device="cpu")
+    names = [n for n, p in task.trainable["scorer"].named_parameters() if p.requires_grad]
+    assert names and all("lora_" in n and "visual" not in n for n in names)
+    trained(task, 5, lr=3e-2)
+    out = tmp_path / "export"
+    out.mkdir()
+    task.export(out, {})
+    images = pictures(2)
+    found = load_scorer(out).distribution(images, PROMPTS[:2])
+    torch.testing.assert_close(found, task.scorer.distribution(images, PROMPTS[:2]).detach(), atol=1e-5, rtol=0)
+    assert (found - load_scorer(folder).distribution(images, PROMPTS[:2])).abs().max() > 1e-3
