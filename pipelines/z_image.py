@@ -43,7 +43,7 @@ class ZImage:
     def load(cls, path: str, config: Config, *, revision: str | None, dtype: torch.dtype, device: str) -> ZImage:
         from diffusers import ZImagePipeline
 
-        pipe = ZImagePipeline.from_pretrained(path, revision=revision, torch_dtype=dtype, use_safetensors=True)
+        pipe = ZImagePipeline.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True)
         return cls(pipe.to(device), config)
 
     def __init__(self, pipe: Any, config: Config | None = None) -> None:

@@ -5,7 +5,6 @@ to list something.
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -211,8 +210,16 @@ def recipes_copy(
     target = path / source.name if path.is_dir() else path
     if target.exists():
         raise RecipeError(f"{target} is there already; name another file, so that nothing is overwritten.")
-    shutil.copyfile(source, target)
+    text = source.read_text(encoding="utf-8")
+    # Shipped recipes name the schema beside them; a copy elsewhere names the installed file.
+    schema = (source.parent / found[1]).resolve() if (found := _SCHEMA.search(text)) else None
+    if schema is not None and schema.is_file():
+        text = _SCHEMA.sub(lambda match: match[0].replace(match[1], schema.as_uri()), text, count=1)
+    target.write_text(text, encoding="utf-8")
     show(str(target))
+
+
+_SCHEMA = re.compile(r"^# yaml-language-server: \$schema=(\S+)", re.MULTILINE)
 
 
 # ---------------------------------------------------------------------------------------------------- schema and such

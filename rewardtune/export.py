@@ -49,7 +49,7 @@ def lora(pipeline: Pipeline, modules: Sequence[str], folder: Path, provenance: M
 def pipeline(trained: Pipeline, folder: Path, provenance: Mapping[str, str], *, base: str) -> None:
     """Write the whole pipeline. Raises CheckFailed when it does not reload to the same images."""
     trained.pipe.save_pretrained(folder, safe_serialization=True)
-    fresh = type(trained.pipe).from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+    fresh = type(trained.pipe).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     for name, module in trained.trainable.items():
         _assert_same(name, module, getattr(fresh, name))
     (folder / "rewardtune.json").write_text(json.dumps(_flat(provenance, base), indent=1) + "\n")

@@ -56,7 +56,7 @@ class Chain:
         """One prediction at step i, turned into an estimate of the finished latents x0."""
         from rewardtune.parameterisation import clean_estimate
 
-        return clean_estimate(self._states[i], i, self.timesteps[i], latents, self.predict(i, latents))
+        return clean_estimate(self._states[0], i, self.timesteps[i], latents, self.predict(i, latents))
 
 
 def sample(

@@ -187,7 +187,9 @@ def best_device() -> str:
 
 def card_document(card: RewardCard) -> dict[str, Any]:
     """A card as JSON has it."""
-    return {**dataclasses.asdict(dataclasses.replace(card, models={})), "models": dict(card.models)}
+    plain = {**dataclasses.asdict(dataclasses.replace(card, models={})), "models": dict(card.models)}
+    document: dict[str, Any] = json.loads(json.dumps(plain))
+    return document
 
 
 def _plain(score: Score) -> Iterator[ImageScore]:

@@ -163,9 +163,12 @@ def _step(task: Task, state: State, *, train: TrainSection, share: int, loop: Lo
     state.step += 1
     state.skipped += not finite
     state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
-    values = {"step": state.step, "loss": loss, **_mean([m for report in everyone for m in report[2]])}
+    problem = next((report[3] for report in everyone if report[3]), "")
+    # Where a reward is missing, the mean of the others is not the step's.
+    shown = {} if problem else _mean([m for report in everyone for m in report[2]])
+    values = {"step": state.step, "loss": loss, **shown}
     values |= {"grad_norm": norm, "lr": lr, "seconds": round(time.monotonic() - began, 4), "skipped": state.skipped}
-    return values, max(report[4] for report in everyone), next((report[3] for report in everyone if report[3]), "")
+    return values, max(report[4] for report in everyone), problem
 
 
 def _backward(

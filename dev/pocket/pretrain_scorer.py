@@ -22,17 +22,18 @@ import torch.nn.functional as F
 import transformers.models.qwen3_5.modeling_qwen3_5 as qwen
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 from rewardtune.pocket.faults import FAULTS, misread
-from rewardtune.pocket.scenes import BACKGROUNDS, CONCEPTS, SIZE, TINTS, Scene, render, sample_scene, vocabulary
+from rewardtune.pocket.scenes import CONCEPTS, SIZE, TINTS, Scene, render, sample_scene, vocabulary
 
 SPECIAL = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>", "<think>", "</think>"]  # fmt: skip
-LEVELS = [f"{1 + k / 2:.1f}" for k in range(9)]
+LEVELS = [*"123456789"]
 DIMENSIONS = ["alignment", "realism", "aesthetics", "plausibility"]
 FAULT_WORDS = {"blur": "blurry", "grain": "grainy", "blotches": "blotchy", "wobble": "wobbly", "smear": "smeared",
                "pale": "pale", "cast": "tinted", "shear_halves": "broken", "ghosting": "doubled"}  # fmt: skip
@@ -55,34 +56,53 @@ realism alignment aesthetics plausibility realistic pleasing plausible impossibl
 subject first second third higher lower better worse middle high low between about around half
 . , : ; ! ? ( ) - + = / % ' "
 """.split()
+# words of the panel's critiques that are not above
+CRITIQUE = """
+everything cleanly text flaws flaw nothing complain content otherwise little covered noise clouds badly deformed partly
+hardly any shading shifted break faint double contours twice own its torn moved patchy details detail lines line
+"""
+WORDS = 520
+"""Rows of the vocabulary before the word pieces; those that no word takes are spare."""
 # head labels that no caption word marks
 TINT_CLASSES = ["nothing", "natural", *sorted(TINTS)]
 CONCEPT_CLASSES = ["nothing", *sorted(CONCEPTS)]
 SEGMENTS, SEGMENT = 3, 34
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word: captions, judgements, punctuation and the nine levels; 64 spare tokens for what comes later."""
-    words = [*SPECIAL, *LEVELS, *vocabulary(), *JUDGEMENT]
-    words += [f"<spare_{i}>" for i in range(64)]
-    table = {w: i for i, w in enumerate(dict.fromkeys(words))}
-    tokenizer = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\d+\.\d+|\w+|[^\w\s]"), behavior="isolated"), pre_tokenizers.WhitespaceSplit(),
-    ])  # fmt: skip
-    tokenizer.decoder = decoders.WordPiece(prefix="##")
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<|im_end|>", padding_side="left",
-        extra_special_tokens=SPECIAL[2:], model_max_length=1024,
+def word_list() -> list[str]:
+    """The vocabulary's first rows: special tokens, level digits, words and punctuation, spare rows."""
+    words = [*SPECIAL, *LEVELS, *vocabulary(), *JUDGEMENT, *CRITIQUE.split()]
+    words = list(dict.fromkeys(words))
+    return words + [f"<spare_{i}>" for i in range(WORDS - len(words))]
+
+
+def build_tokenizer() -> Qwen3_5Tokenizer:
+    """Qwen3.5's own tokenizer class, with merges that make every word one token (with the space before it).
+
+    Digits are split as in the real vocabulary; a word that is not in the list falls into pieces and bytes.
+    """
+    words = word_list()
+    # role names follow a special token, without a space
+    texts = [w if w in ("user", "assistant") else f" {w}" for w in words if w.isalpha()]
+    pieces = Tokenizer(models.BPE())
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=5000, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
+    pieces.train_from_iterator(texts, trainer)
+    found = json.loads(pieces.to_str())["model"]
+    spelled = [w if not w.isalpha() or w in ("user", "assistant") else f"\u0120{w}" for w in words]
+    table = {w: i for i, w in enumerate(dict.fromkeys([*spelled, *sorted(found["vocab"], key=found["vocab"].get)]))}
+    tokenizer = Qwen3_5Tokenizer(
+        vocab=table, merges=[tuple(m) for m in found["merges"]], unk_token="<unk>", pad_token="<pad>",
+        eos_token="<|im_end|>", padding_side="left", extra_special_tokens=SPECIAL[2:], model_max_length=1024,
     )  # fmt: skip
-    fast.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }} "
-        "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}"
+        "{% if m.content is string %} {{ m.content }}{% else %}{% for c in m.content %}"
         "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %} {{ c.text }}{% endif %}"
         "{% endfor %}{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
     )
-    return fast
+    return tokenizer
 
 
 def build_rubric() -> dict[str, Any]:
@@ -90,14 +110,14 @@ def build_rubric() -> dict[str, Any]:
     return {
         "version": 1,
         "dimensions": DIMENSIONS,
-        "levels": [{"token": text, "value": float(text)} for text in LEVELS],
-        "template": "<|im_start|>user <|vision_start|>{image}<|vision_end|> {prompt}<|im_end|><|im_start|>assistant",
-        "reads": [f" {name} :" for name in DIMENSIONS],
+        "levels": [{"token": text, "value": 1 + k / 2} for k, text in enumerate(LEVELS)],
+        "template": "<|im_start|>user<|vision_start|>{image}<|vision_end|> {prompt}<|im_end|><|im_start|>assistant",
+        "reads": [f" {name}:" for name in DIMENSIONS],
         "temperature": 1.0,
     }
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, *, patch: int = 8) -> Qwen3_5ForConditionalGeneration:
+def build_model(tokenizer: Qwen3_5Tokenizer, *, patch: int = 8) -> Qwen3_5ForConditionalGeneration:
     """The real class, small: 64 patches, 16 image tokens, full attention (the torch form of linear layers is slow)."""
     ids = tokenizer.convert_tokens_to_ids
     hidden, vision = 192, 160
@@ -122,7 +142,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, patch: int = 8) -> Qwen3_
     return Qwen3_5ForConditionalGeneration(config)
 
 
-def export(model: Qwen3_5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def export(model: Qwen3_5ForConditionalGeneration, tokenizer: Qwen3_5Tokenizer, folder: Path) -> None:
     """Write the folder that `rewardtune.scorer` loads; weights in bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     copy = Qwen3_5ForConditionalGeneration(model.config)
@@ -212,8 +232,8 @@ class Example:
 class Teacher:
     """Draws examples. Compositions outside the training split never appear, drawn or claimed."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, patch: int) -> None:
-        self.ids = tokenizer.get_vocab()
+    def __init__(self, tokenizer: Qwen3_5Tokenizer, *, patch: int) -> None:
+        self.ids = {word: i for i, word in enumerate(word_list())}
         self.patch = patch
         self.faults = sorted(FAULTS)
 
@@ -536,7 +556,7 @@ def main() -> None:
     image_tokens = (side // vision.spatial_merge_size) ** 2
     speed_up(side * side)
     model.model.language_model.config._attn_implementation = "plain"
-    model.word_ids = tokenizer.get_vocab()
+    model.word_ids = {word: i for i, word in enumerate(word_list())}
     heads = Heads(vision.hidden_size, model.config.text_config.hidden_size)
     both = nn.ModuleDict({"model": model, "heads": heads})
     if args.init:

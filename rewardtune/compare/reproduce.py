@@ -37,7 +37,7 @@ def draw(side: str) -> int:
     load = record["load"]
     family: Any = diffusers.DiffusionPipeline
     pipe = family.from_pretrained(
-        load["path"], revision=load["revision"], torch_dtype=torch.float32, use_safetensors=True
+        load["path"], revision=load["revision"], dtype=torch.float32, use_safetensors=True
     ).to(sampling["device"])
     if record["lora"]:
         pipe.load_lora_weights(str(folder / record["lora"]), weight_name="pytorch_lora_weights.safetensors")

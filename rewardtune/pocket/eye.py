@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,8 @@ SIDES_MANY = (16.5, 19.0, 22.0, 25.5, 29.5)
 @dataclass(frozen=True)
 class Sight:
     """One object found. `score`: 0 to 1, how well the artwork fits (1: a clean render); `rival`: the best score of any
-    other concept at the same place; `tints`: score of every tint of the concept."""
+    other concept at the same place; `tints`: score of every tint of the concept; `tones`: distance between the mean
+    colours there and in the artwork of each tint, in units of the full range."""
 
     concept: str
     tint: str | None
@@ -45,6 +46,7 @@ class Sight:
     rival: float
     rival_name: str
     tints: Mapping[str | None, float]
+    tones: Mapping[str | None, float]
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class View:
 
 
 def look(picture: Image.Image, facts: Sequence[Mapping[str, Any]]) -> View:
-    """Look for what `facts` claim in a 64 x 64 picture. About 40 ms on one core."""
+    """Look for what `facts` claim in a 64 x 64 picture. About 50 ms on one core."""
     pixels = np.asarray(picture.convert("RGB")).astype(np.float32) / 255.0
     claims = [(f["concept"], int(f["count"])) for f in facts if f["kind"] == "count"]
     ground, colour = _background(pixels)
@@ -269,7 +271,17 @@ def _refine(scene: _Scene, x: float, y: float, side: float, concept: str | None)
     tint = bank.names[rows.start + int(own.argmax())][1]
     px, py, ps = place.tolist()
     rival = int(rest.argmax())
-    return Sight(name, tint, px, py, ps, float(own.max()), float(rest[rival]), bank.names[rival][0], tints)
+    tones = dict(zip(tints, _tones(scene, place, rows), strict=True))
+    return Sight(name, tint, px, py, ps, float(own.max()), float(rest[rival]), bank.names[rival][0], tints, tones)
+
+
+def _tones(scene: _Scene, place: Array, rows: slice) -> list[float]:
+    """Distance between mean colours inside the outline, picture against each template of `rows`."""
+    cover = scene.bank.cover[rows].flatten(1)
+    weight = cover / cover.sum(1, keepdim=True)
+    seen = weight @ _patches(scene, place[None])[0].T
+    drawn = torch.einsum("np,ncp->nc", weight, scene.template[rows].view(len(cover), 3, -1))
+    return [float(d) for d in (seen - drawn).norm(dim=1)]
 
 
 def _others(scene: _Scene, sights: Sequence[Sight]) -> tuple[Sight, ...]:
@@ -396,6 +408,7 @@ def _second_exposure(rest: Array, model: Array) -> float:
 
 def _patchiness(pixels: Array, model: Array, near: Any) -> float:
     """How uneven the sharpness is: the median of its ratio to the artwork's less that of the softest tenth."""
+
     def strength(image: Array) -> Any:
         slopes = np.diff(image, axis=0, prepend=image[:1]) ** 2 + np.diff(image, axis=1, prepend=image[:, :1]) ** 2
         return ndimage.uniform_filter(slopes.sum(2), 9)[4:-4:3, 4:-4:3]
@@ -441,6 +454,3 @@ def _edges(pixels: Array, mask: Any) -> float:
 def _saturation(pixels: Array, mask: Any) -> float:
     part = pixels[mask]
     return float((part.max(axis=1) - part.min(axis=1)).mean())
-
-
-__all__ = ["Sight", "View", "look", "measure", "replace"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewardtune.errors import DataError
-from rewardtune.pocket.scenes import SIZE
+from rewardtune.pocket.scenes import NATURAL, SIZE
 
 STRIDE = 4
 """Pixels per grid cell."""
@@ -188,10 +188,11 @@ def _objects(model: Oracle, maps: Mapping[str, Tensor], heat: Tensor, peaks: Ten
         concept = maps["concept"][:, row, column].softmax(0)
         tint = maps["tint"][:, row, column].softmax(0)
         best, hue = int(concept.argmax()), int(tint.argmax())
-        named = float(concept[best]) >= CONFIDENCE
+        name, colour = model.names["concepts"][best], model.names["tints"][hue]
         detection = Detection(
-            concept=model.names["concepts"][best] if named else None,
-            tint=model.names["tints"][hue],
+            concept=name if float(concept[best]) >= CONFIDENCE else None,
+            # a blue whale is a whale in its own colours
+            tint=None if name in NATURAL.get(colour, ()) else colour,
             x=(column + 0.5 + float(maps["offset"][0, row, column])) * STRIDE,
             y=(row + 0.5 + float(maps["offset"][1, row, column])) * STRIDE,
             side=float(maps["side"][row, column].exp()) * 16.0,

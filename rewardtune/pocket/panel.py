@@ -274,7 +274,7 @@ def _complaint(fact: Fact, facts: Sequence[Fact], objects: Sequence[_Object], ba
                f"there is 1 {concept}, not {fact['count']}"  # fmt: skip
     if kind == "colour":
         found = next((o.tint for o in mine if o.tint != fact["tint"]), None)
-        wanted = fact["tint"] or "in its own colours"
+        wanted = fact["tint"] or ("in their own colours" if many else "in its own colours")
         if found is None:
             return f"the {noun} {verb} not {wanted}"
         return f"the {noun} {verb} {found}, not {wanted}"
@@ -331,7 +331,8 @@ def read_view(view: eye.View, facts: Sequence[Fact]) -> tuple[list[float], list[
             evidence.append(1 / (1 + math.exp(-(gap - RELATION_MARGIN) / 2.0)))
         else:
             mine = [(s, p) for s, p in chances if s.concept == fact["concept"]]
-            evidence.append(_evidence(fact, mine, w))
+            claimed = next(f["count"] for f in facts if f["kind"] == "count" and f["concept"] == fact["concept"])
+            evidence.append(_evidence({**fact, "count": claimed}, mine, w))
     return evidence, objects, background
 
 
@@ -347,15 +348,21 @@ def _evidence(fact: Fact, mine: Sequence[tuple[eye.Sight, float]], w: Mapping[st
             ways = [a * (1 - p) + b * p for a, b in zip([*ways, 0.0], [0.0, *ways], strict=True)]
         return ways[fact["count"]] / max(1e-6, 1 - ways[0]) if fact["count"] < len(ways) else 0.0
     if kind == "colour":
-        chances = []
-        for s, p in mine:
-            rest = max((v for t, v in s.tints.items() if t != fact["tint"]), default=-1.0)
-            chances.append((p, _logistic(w["colour"], s.tints.get(fact["tint"], 0.0) - rest)))
-        # one object of the wrong colour is enough to break the claim
-        return min((c for p, c in chances if p > 0.5), default=max(chances)[1])
+        # as many as are claimed, the surest first: one of two in the wrong colour is half wrong
+        surest = sorted(mine, key=lambda m: -m[1])[: fact["count"]]
+        return sum(p * _logistic(w["colour"], *tint_margins(s, fact["tint"])) for s, p in surest) / max(
+            1e-6, sum(p for _, p in surest)
+        )
     side = max(mine, key=lambda m: m[1])[0].side
     edge = (SMALL - side) if fact["size"] == "small" else (side - LARGE)
     return 1 / (1 + math.exp(-edge / 1.5))
+
+
+def tint_margins(sight: eye.Sight, tint: str | None) -> tuple[float, float]:
+    """How much better this tint fits than the best other one: by the whole drawing, and by its mean colour."""
+    fits = max((v for t, v in sight.tints.items() if t != tint), default=0.0)
+    tones = min((v for t, v in sight.tones.items() if t != tint), default=1.0)
+    return sight.tints.get(tint, 0.0) - fits, tones - sight.tones.get(tint, 1.0)
 
 
 def _logistic(weights: Sequence[float], *inputs: float) -> float:

@@ -88,7 +88,7 @@ class Scorer:
         rows = []
         for prompt, count in zip(prompts, counts, strict=True):
             # `split_special_tokens`: a prompt that spells "<|im_end|>" stays text
-            words = self.tokenizer.encode(str(prompt), add_special_tokens=False, split_special_tokens=True)
+            words = self.tokenizer.encode(r.lead + str(prompt), add_special_tokens=False, split_special_tokens=True)
             image = [self._image_token] * count
             first, second = (image, words) if r.image_first else (words, image)
             rows.append([*r.before, *first, *r.between, *second, *r.after])

@@ -74,13 +74,14 @@ class Reading:
     """A rubric in the ids of one tokenizer.
 
     before, between, after: ids of the template around image and prompt; `after` ends with the reads.
-    image_first: whether the image stands before the prompt. positions: one per dimension, counted from the end of the
+    lead: white space before the prompt, which byte-pair vocabularies keep with the word that follows. image_first: whether the image stands before the prompt. positions: one per dimension, counted from the end of the
     sequence (-1 is the last). level_ids: one token per level.
     """
 
     before: tuple[int, ...]
     between: tuple[int, ...]
     after: tuple[int, ...]
+    lead: str
     image_first: bool
     positions: tuple[int, ...]
     level_ids: tuple[int, ...]
@@ -124,7 +125,8 @@ def reading(rubric: Rubric, tokenizer: Any) -> Reading:
         found: list[int] = tokenizer.encode(text, add_special_tokens=False)
         return found
 
-    parts = re.split(r"\{image\}|\{prompt\}", rubric.template)
+    # the groups are the white space before {prompt}; the one before {image} is empty
+    before, lead_1, between, lead_2, after = re.split(r"(\s*)\{prompt\}|\{image\}", rubric.template)
     reads = [ids(text) for text in rubric.reads]
     levels = _level_ids(rubric, reads, ids, tokenizer.unk_token_id)
     positions, end = [], 0
@@ -132,9 +134,10 @@ def reading(rubric: Rubric, tokenizer: Any) -> Reading:
         positions.append(end - 1)
         end -= len(read)
     return Reading(
-        before=tuple(ids(parts[0])),
-        between=tuple(ids(parts[1])),
-        after=(*ids(parts[2]), *(i for read in reads for i in read)),
+        before=tuple(ids(before)),
+        between=tuple(ids(between)),
+        after=(*ids(after), *(i for read in reads for i in read)),
+        lead=lead_1 or lead_2 or "",
         image_first=rubric.template.index("{image}") < rubric.template.index("{prompt}"),
         positions=tuple(reversed(positions)),
         level_ids=levels,

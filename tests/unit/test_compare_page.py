@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import re
+import resource
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -19,10 +20,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from rewardtune.compare.files import csv_cell, plain
+from rewardtune.compare.files import csv_cell, plain, write_bytes
 from rewardtune.compare.page import bars, render
 from rewardtune.compare.report import headline, pairs_of
 from rewardtune.compare.scores import samples_csv
+from rewardtune.errors import DiskError
 
 
 def _load(name: str) -> ModuleType:
@@ -41,7 +43,7 @@ tiny = _load("tiny_comparison")
 PAYLOADS = [
     "<script>document.documentElement.dataset.ran='1'</script>",
     "</script><script>document.documentElement.dataset.ran='2'</script>",
-    "\"><img src=x onerror=\"document.documentElement.dataset.ran='3'\">",
+    '"><img src=x onerror="document.documentElement.dataset.ran=\'3\'">',
     "' onmouseover='document.documentElement.dataset.ran=4' autofocus onfocus='document.documentElement.dataset.ran=4",
     "<svg onload=document.documentElement.dataset.ran='5'>",
     "javascript:document.documentElement.dataset.ran='6'",
@@ -49,7 +51,7 @@ PAYLOADS = [
     "{{ 7 * 7 }}{% for x in ().__class__.__base__.__subclasses__() %}{{ x }}{% endfor %}",
     "<!--<script>-->document.documentElement.dataset.ran='9'",
     "</title></style></textarea><body onload=document.documentElement.dataset.ran='10'>",
-    "<meta http-equiv=refresh content=\"0;url=data:text/html,<script>1</script>\"><base href=//evil.example/>",
+    '<meta http-equiv=refresh content="0;url=data:text/html,<script>1</script>"><base href=//evil.example/>',
     "a\u2028b\u202e<details open ontoggle=document.documentElement.dataset.ran='12'>\x1b[31m\x00\x9b31m",
 ]
 
@@ -282,6 +284,20 @@ def test_csv_has_a_row_an_image_and_no_formulas(tmp_path: Path) -> None:
     assert rows[3]["oracle/facts/size"] == "", "a part that says nothing is an empty cell"
     assert rows[13]["image"] == "images/tuned/0000-1.png"
     assert csv_cell("plain") == "plain"
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "report.html"
+    write_bytes(target, b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(DiskError, match=r"report\.html: cannot be written"):
+            write_bytes(target, b"x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+    assert target.read_bytes() == b"old"
 
 
 def test_text_for_a_terminal_holds_no_controls() -> None:

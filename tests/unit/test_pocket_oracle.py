@@ -137,6 +137,20 @@ def test_maps_become_objects_where_and_as_they_say() -> None:
     assert (second.x, second.y, second.side) == (10.0, 50.0, 16.0)
 
 
+def test_a_tint_that_is_the_artworks_own_colour_is_none() -> None:
+    names = {"concepts": ["crab", "dog"], "tints": [None, "red"], "backgrounds": ["white", "black"]}
+    model = network.Oracle(names, widths=(8, 8, 8, 8, 8), fused=True)
+    maps = {"offset": torch.zeros(2, 16, 16), "side": torch.zeros(16, 16), "concept": torch.zeros(2, 16, 16),
+            "tint": torch.zeros(2, 16, 16)}  # fmt: skip
+    maps["tint"][1] = 5.0
+    maps["concept"][0, 3, 3], maps["concept"][1, 12, 12] = 5.0, 5.0
+    heat = torch.zeros(16, 16)
+    heat[3, 3], heat[12, 12] = 0.9, 0.8
+    crab, dog = network._objects(model, maps, heat, heat > network.PEAK)
+    assert (crab.concept, crab.tint) == ("crab", None)
+    assert (dog.concept, dog.tint) == ("dog", "red")
+
+
 def test_an_object_below_the_confidence_has_no_name() -> None:
     names = {"concepts": ["cat", "dog", "cow"], "tints": [None, "red"], "backgrounds": ["white", "black"]}
     model = network.Oracle(names, widths=(8, 8, 8, 8, 8), fused=True)

@@ -125,7 +125,9 @@ def test_distributions_equal_the_reward_itself(tmp_path: Path) -> None:
     for i in range(5):
         save(tmp_path / f"{i}.png", 50 * i)
     (tmp_path / "prompts.txt").write_text("one\nthe second\na third prompt\nfour\nfive\n")
-    document = score_images("test-levels", images=tmp_path, prompts=tmp_path / "prompts.txt", device="cpu", batch_size=2)
+    document = score_images(
+        "test-levels", images=tmp_path, prompts=tmp_path / "prompts.txt", device="cpu", batch_size=2
+    )
     images = torch.zeros(5, 3, 8, 8)
     images[:, 0] = torch.tensor([0, 50, 100, 150, 200]).view(5, 1, 1) / 255
     expected = Levels().score(images, ["one", "the second", "a third prompt", "four", "five"])

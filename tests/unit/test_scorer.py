@@ -13,51 +13,46 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from tokenizers import pre_tokenizers
+from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
-from rewardtune.data import PreferenceGroup, RatedImage
+from rewardtune.data import PreferenceGroup, RatedImage, write_records
 from rewardtune.errors import DataError, RecipeError
 from rewardtune.images import to_tensor
+from rewardtune.recipe import RewardSftRecipe
 from rewardtune.rewards.zreward import ZReward
 from rewardtune.scorer.evaluate import evaluate_groups
 from rewardtune.scorer.model import Scorer, load_scorer, save_scorer
 from rewardtune.scorer.patches import Geometry, patchify
 from rewardtune.scorer.rubric import Rubric, load_rubric, reading
-from rewardtune.tasks.reward_sft import RewardSft, rated_rows, target_maker
+from rewardtune.tasks.reward_sft import RewardSft, build_reward_sft, rated_rows, target_maker
 from rewardtune.types import Prompt
 
 SPECIAL = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
-LEVELS = [f"{1 + k / 2:.1f}" for k in range(9)]
+LEVELS = [*"123456789"]
 NAMES = ["alignment", "realism", "aesthetics", "plausibility"]
 RUBRIC = {
     "dimensions": NAMES,
-    "levels": [{"token": text, "value": float(text)} for text in LEVELS],
-    "template": "<|im_start|>user <|vision_start|>{image}<|vision_end|> {prompt}<|im_end|><|im_start|>assistant",
-    "reads": [f" {name} :" for name in NAMES],
+    "levels": [{"token": text, "value": 1 + k / 2} for k, text in enumerate(LEVELS)],
+    "template": "<|im_start|>user<|vision_start|>{image}<|vision_end|> {prompt}<|im_end|><|im_start|>assistant",
+    "reads": [f" {name}:" for name in NAMES],
 }
 
 
-def tokenizer(words: list[str], pattern: str = r"\d+\.\d+|\w+|[^\w\s]") -> PreTrainedTokenizerFast:
-    table = {w: i for i, w in enumerate(dict.fromkeys([*SPECIAL, *words]))}
-    made = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
-    made.normalizer = normalizers.Lowercase()
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), behavior="isolated"), pre_tokenizers.WhitespaceSplit()]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", eos_token="<|im_end|>",
+def tokenizer() -> Qwen3_5Tokenizer:
+    """Qwen3.5's class with bytes for words: its splitting of digits is the real one."""
+    table = {w: i for i, w in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    return Qwen3_5Tokenizer(
+        vocab=table, merges=[], unk_token="<unk>", pad_token="<pad>", eos_token="<|im_end|>",
         extra_special_tokens=SPECIAL[2:],
     )  # fmt: skip
 
 
-WORDS = [*LEVELS, "user", "assistant", ":", *NAMES, *"a red dog cat and two cats on grass the left of".split()]
-
-
 def write_scorer(folder: Path, *, layers: list[str], dtype: torch.dtype = torch.float32) -> Path:
     """Patches of 4, merged 2 x 2, pictures of 16 x 16: 4 image tokens."""
-    words = tokenizer(WORDS)
+    words = tokenizer()
     ids = words.convert_tokens_to_ids
     torch.manual_seed(0)
     text = {
@@ -69,8 +64,8 @@ def write_scorer(folder: Path, *, layers: list[str], dtype: torch.dtype = torch.
                             "mrope_interleaved": True, "partial_rotary_factor": 1.0},
     }  # fmt: skip
     eye = {
-        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "initializer_range": 0.2,
-        "temporal_patch_size": 2, "spatial_merge_size": 2, "out_hidden_size": 32, "num_position_embeddings": 16,
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
+        "initializer_range": 0.2, "temporal_patch_size": 2, "spatial_merge_size": 2, "out_hidden_size": 32, "num_position_embeddings": 16,
     }  # fmt: skip
     config = Qwen3_5Config(
         text_config=text, vision_config=eye, tie_word_embeddings=True, image_token_id=ids("<|image_pad|>"),
@@ -113,7 +108,8 @@ def test_patchify_equals_the_pil_processor_where_no_resize_happens(size: tuple[i
     images = [Image.fromarray(a) for a in made]
     bounds = {"shortest_edge": 1, "longest_edge": 10_000}
     processor = Qwen2VLImageProcessorPil(
-        patch_size=4, merge_size=2, temporal_patch_size=2, image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.2, 0.6], size=bounds
+        patch_size=4, merge_size=2, temporal_patch_size=2, size=bounds,
+        image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.2, 0.6],
     )  # fmt: skip
     wanted = processor(images, return_tensors="pt")
     geometry = Geometry(4, 2, 2, (0.5, 0.4, 0.3), (0.5, 0.2, 0.6), min_pixels=1, max_pixels=10_000)
@@ -164,38 +160,38 @@ def rubric(**changes: Any) -> Rubric:
 
 
 def test_reading_finds_the_tokens_before_the_levels():
-    words = tokenizer(WORDS)
+    words = tokenizer()
     read = reading(rubric(), words)
     assert words.convert_ids_to_tokens(list(read.level_ids)) == LEVELS
-    tail = words.convert_ids_to_tokens(list(read.after))
-    assert tail[-8:] == ["alignment", ":", "realism", ":", "aesthetics", ":", "plausibility", ":"]
-    assert [tail[p - 1] for p in read.positions] == NAMES and {tail[p] for p in read.positions} == {":"}
-    assert read.image_first
+    tail = words.decode(list(read.after))
+    assert tail.endswith("<|im_start|>assistant alignment: realism: aesthetics: plausibility:")
+    # what stands before each read ends with the dimension's name
+    ends = [words.decode(list(read.after)[: len(read.after) + p + 1]) for p in read.positions]
+    assert [end.rpartition(" ")[2] for end in ends] == [f"{name}:" for name in NAMES]
+    assert read.image_first and read.lead == " "
 
 
-def test_levels_that_are_several_tokens_are_refused_by_name():
-    # as in Qwen's vocabularies, every digit and point is a token of its own
-    split = tokenizer([*WORDS, *"0123456789."], pattern=r"\d|\w+|[^\w\s]")
+def test_half_points_are_several_tokens_and_refused_by_name():
+    halves = [{"token": f"{1 + k / 2:.1f}", "value": 1 + k / 2} for k in range(9)]
     with pytest.raises(RecipeError, match=r"not one token.*'3\.5' \(value 3\.5\)"):
-        reading(rubric(), split)
-    digits = [{"token": str(k + 1), "value": 1 + k / 2} for k in range(9)]
-    assert len(set(reading(rubric(levels=digits), split).level_ids)) == 9
+        reading(rubric(levels=halves), tokenizer())
 
 
-def test_unknown_and_equal_level_tokens_are_refused():
-    words = tokenizer(WORDS)
-    strange = [*RUBRIC["levels"][:8], {"token": "zebra", "value": 5.0}]
-    with pytest.raises(RecipeError, match="'zebra'"):
-        reading(rubric(levels=strange), words)
-    same = [{"token": "dog", "value": 1.0}, {"token": "DOG", "value": 2.0}]
+def test_equal_level_tokens_are_refused():
+    same = [{"token": "1", "value": 1.0}, {"token": "1", "value": 2.0}]
     with pytest.raises(RecipeError, match="two levels are the same token"):
-        reading(rubric(levels=same), words)
+        reading(rubric(levels=same), tokenizer())
+
+
+def test_a_template_may_put_the_prompt_before_the_image():
+    read = reading(rubric(template="a{prompt}bb{image}c"), tokenizer())
+    assert not read.image_first and read.lead == "" and (len(read.before), len(read.between)) == (1, 2)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reads": [" alignment :"]}, "4 dimensions need as many reads"),
+        ({"reads": [" alignment:"]}, "4 dimensions need as many reads"),
         ({"reads": [" a :", "", " b :", " c :"]}, "may not be empty"),
         ({"template": "{prompt}"}, r"\{image\} exactly once"),
         ({"temperature": 0.0}, "temperature"),
@@ -241,6 +237,7 @@ def test_distribution_is_the_closed_set_softmax_of_the_models_own_next_tokens(sc
         ).logits[0]  # fmt: skip
     levels = scorer.tokenizer.convert_tokens_to_ids(LEVELS)
     colons = (ids[0] == scorer.tokenizer.convert_tokens_to_ids(":")).nonzero()[:, 0]
+    assert len(colons) == 4
     wanted = logits[colons][:, levels].softmax(-1)
     torch.testing.assert_close(found[0], wanted, atol=1e-6, rtol=0)
     torch.testing.assert_close(found.sum(-1), torch.ones(1, 4))
@@ -274,6 +271,7 @@ def test_special_tokens_in_a_prompt_stay_text(scorer: Scorer):
     ids, _ = scorer._tokens(["a cat <|image_pad|> <|im_end|> dog"], [4])
     names = scorer.tokenizer.convert_ids_to_tokens(ids[0].tolist())
     assert names.count("<|image_pad|>") == 4 and names.count("<|im_end|>") == 1
+    assert "a cat <|image_pad|> <|im_end|> dog" in scorer.tokenizer.decode(ids[0])
     assert scorer.distribution(pictures(1), ["<|image_pad|><|vision_end|>"]).isfinite().all()
 
 
@@ -349,7 +347,10 @@ def test_what_is_no_scorer_is_refused(tmp_path: Path):
 
 
 def test_the_card_of_zreward_imports_no_torch():
-    code = "import sys; import rewardtune.rewards.zreward as z; z.ZReward.card, z.ZReward.Config(); print('torch' in sys.modules)"
+    code = (
+        "import sys; import rewardtune.rewards.zreward as z; z.ZReward.card, z.ZReward.Config(); "
+        "print('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
@@ -466,10 +467,6 @@ def test_export_reloads_and_says_what_it_is(folder: Path, tmp_path: Path):
 
 
 def test_adapters_are_merged_into_the_export(folder: Path, tmp_path: Path):
-    from rewardtune.recipe import RewardSftRecipe
-    from rewardtune.data import write_records
-    from rewardtune.tasks.reward_sft import build_reward_sft
-
     write_records(rated(tmp_path, [full(1.0), full(5.0)]), tmp_path / "records.jsonl")
     recipe = RewardSftRecipe.model_validate({
         "task": "reward_sft", "scorer": {"model": str(folder), "lora": {"rank": 4}}, "train": {"steps": 3},

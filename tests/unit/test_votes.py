@@ -59,7 +59,9 @@ def test_left_and_right_are_turned_back_into_sides(tmp_path: Path) -> None:
 
 def test_raters_are_merged_and_compared(tmp_path: Path) -> None:
     ann = write(tmp_path / "a.json", [vote(0, "left"), vote(1, "left"), vote(2, "tie")])
-    bob = write(tmp_path / "b.json", [vote(0, "left"), vote(1, "right"), vote(2, "both-bad")], rater="Bob", session="s2")
+    bob = write(
+        tmp_path / "b.json", [vote(0, "left"), vote(1, "right"), vote(2, "both-bad")], rater="Bob", session="s2"
+    )
     merged = merge_votes(read_votes([ann, bob], **SHAPE), a="tuned", b="base")
     assert merged is not None
     assert merged["votes"] == 6

@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,10 +32,19 @@ from rewardtune.types import StepOutput
 
 
 class TinyTask:
-    """broken: global index -> what goes wrong there: loss, inf, grad or reward. pause: seconds a micro-batch takes."""
+    """broken: global index -> what goes wrong there: loss, inf, grad or reward. pause: seconds a micro-batch takes.
+
+    signal_at: global index at which the process that holds it gets SIGTERM.
+    """
 
     def __init__(
-        self, *, broken: Mapping[int, str] | None = None, dropout: float = 0.0, pause: float = 0.0, width: int = 16
+        self,
+        *,
+        broken: Mapping[int, str] | None = None,
+        dropout: float = 0.0,
+        pause: float = 0.0,
+        width: int = 16,
+        signal_at: int | None = None,
     ) -> None:
         torch.manual_seed(5)
         self.net = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, 3))
@@ -42,12 +52,15 @@ class TinyTask:
         self.trainable = {"net": self.net, "frozen": self.frozen}
         self.broken = broken or {}
         self.pause = pause
+        self.signal_at = signal_at
         self.answer = torch.randn(6, 3, generator=generator(0, "answer"))
         self.seen: list[tuple[int, list[int]]] = []
 
     def batch(self, step: int, indices: Sequence[int]) -> Any:
         assert not torch.is_grad_enabled()
         self.seen.append((step, list(indices)))
+        if self.signal_at in indices:
+            os.kill(os.getpid(), signal.SIGTERM)
         rows = torch.stack([torch.randn(6, generator=generator(0, "rows", i)) for i in indices])
         return rows, [self.broken.get(i, "") for i in indices]
 
@@ -133,7 +146,7 @@ def build_module() -> ModuleType:
 def start(job: Mapping[str, Any], *, stderr: Path, env: Mapping[str, str] | None = None) -> BaseProcess:
     """Run a job in a process of its own, forked from one that has imported everything.
 
-    job: `out`, `nproc`, and what `tiny_recipe` takes.
+    job: `out`, `nproc`, `allow_changed`, and what `tiny_recipe` takes; or `jobs`, several by name.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
@@ -151,12 +164,25 @@ def start(job: Mapping[str, Any], *, stderr: Path, env: Mapping[str, str] | None
 def main(job: Mapping[str, Any]) -> None:
     from rewardtune.run import train_recipe
 
-    settings = {key: value for key, value in job.items() if key not in ("out", "nproc")}
+    settings = {key: value for key, value in job.items() if key not in ("out", "nproc", "allow_changed")}
+    rest = {"nproc": job.get("nproc", 1), "allow_changed": job.get("allow_changed", ()), "plugins": [__file__]}
     try:
-        train_recipe(tiny_recipe(**settings), out=job["out"], nproc=job.get("nproc", 1), plugins=[__file__])
+        train_recipe(tiny_recipe(**settings), out=job["out"], **rest)
     except RewardTuneError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+
+
+def main_of_many(jobs: Mapping[str, Mapping[str, Any]], results: Path) -> None:
+    """Several jobs in turn in one process group; notes the exit code of each in this rank."""
+    codes = {}
+    for name, job in jobs.items():
+        try:
+            main(job)
+            codes[name] = 0
+        except SystemExit as error:
+            codes[name] = int(error.code or 0)
+    results.with_suffix(f".rank{os.environ['RANK']}.json").write_text(json.dumps(codes))
 
 
 # A run of several processes imports this file in each of them, as what --plugin names.
@@ -169,4 +195,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     descriptor = os.open(globals()["STDERR"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 2)
-    main(globals()["JOB"])
+    if "jobs" in globals()["JOB"]:
+        main_of_many(globals()["JOB"]["jobs"], Path(globals()["STDERR"]))
+    else:
+        main(globals()["JOB"])

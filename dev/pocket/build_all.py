@@ -1,0 +1,74 @@
+"""Rebuild the pocket world and every shipped weight from nothing: `make pocket`. Hours on two cores.
+
+Each stage is skipped where its result is there already; delete build/pocket to start over. The order is part of the
+method: world, judge and annotators' panel first, then what is judged.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+BUILD = Path("build/pocket")
+WEIGHTS = Path("rewardtune/pocket/weights")
+STAGES = [1000, 2000, 3000, 4500]
+"""Optimiser steps of the SFT run whose samples the annotators see."""
+
+
+def run(result: Path, *command: str) -> None:
+    """Run a stage unless its result exists."""
+    if result.exists():
+        print(f"{result} is there", flush=True)
+        return
+    print("$", " ".join(command), flush=True)
+    # one thread a process: two beside other work are many times slower than one
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")})
+
+
+def ship(source: Path, name: str) -> None:
+    """Copy what a stage exported into the package."""
+    shutil.copytree(source, WEIGHTS / name, dirs_exist_ok=True)
+
+
+def main() -> None:
+    python, train = sys.executable, [sys.executable, "-m", "rewardtune", "train"]
+    script = Path("dev/pocket")
+    scenes, vae, untrained = BUILD / "scenes", BUILD / "vae", BUILD / "untrained"
+    run(scenes / "manifest.jsonl", python, str(script / "make_scenes.py"), str(scenes))
+    run(vae / "config.json", python, str(script / "train_vae.py"), "--out", str(vae))
+    oracle = WEIGHTS / "oracle"
+    run(oracle / "model.safetensors", python, str(script / "train_oracle.py"), "--out", str(oracle), "--vae", str(vae))
+    run(oracle / "metrics.json", python, str(script / "measure_oracle.py"), "--out", str(oracle), "--vae", str(vae))
+    run(
+        untrained / "model_index.json",
+        python, str(script / "init_pipeline.py"), "--vae", str(vae), "--out", str(untrained),
+    )  # fmt: skip
+    base = BUILD / "runs/base-sft"
+    run(base / "export/model_index.json", *train, "pocket/base-sft", "--out", str(base))
+    run(
+        WEIGHTS / "pipeline/model_index.json",
+        python, str(script / "ship_pipeline.py"), str(base / "export"), str(WEIGHTS / "pipeline"),
+    )  # fmt: skip
+    samples = BUILD / "samples"
+    run(
+        samples / "samples.jsonl",
+        python, str(script / "sample_stages.py"), "--pipeline", str(untrained), "--run", str(base),
+        "--stages", *map(str, STAGES), "--out", str(samples),
+    )  # fmt: skip
+    scorer_base = BUILD / "scorer-base"
+    run(scorer_base / "config.json", python, str(script / "pretrain_scorer.py"), "--out", str(scorer_base))
+    run(
+        BUILD / "annotations/train.jsonl",
+        python, str(script / "annotate.py"), str(BUILD / "annotations"), "--samples", str(samples), "--vae", str(vae),
+    )  # fmt: skip
+    scorer = BUILD / "runs/scorer-sft"
+    run(scorer / "export/rubric.json", *train, "pocket/scorer-sft", "--out", str(scorer))
+    ship(scorer_base, "scorer-base")
+    ship(scorer / "export", "zreward")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,328 @@
+"""The command line: exit codes, one-paragraph errors, JSON that stands alone on standard output, and no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+import pytest
+
+from rewardtune import __version__
+from rewardtune.cli import app
+from rewardtune.command import printable
+
+RECIPE = """\
+task: direct_reward
+pipeline: {model: some/hub-id}
+lora: {}
+data: {prompts: prompts.txt}
+gradient: {method: refl}
+rewards: [{name: zreward}]
+train: {steps: 10}
+"""
+
+PLUGIN = '''
+import rewardtune
+from rewardtune.plugins import Options, RewardCard
+from rewardtune.types import Score
+
+
+@rewardtune.register_reward("brightness")
+class Brightness:
+    """Mean of the pixels, sharpened by `power`."""
+
+    card = RewardCard(name="brightness", summary="mean of the pixels", differentiable=True, needs_prompt=False,
+                      range=(0.0, 1.0))
+
+    class Config(Options):
+        power: float = 1.0
+        """Exponent of each pixel."""
+
+    def __init__(self, power):
+        self.power = power
+
+    @classmethod
+    def load(cls, config, *, device):
+        return cls(config.power)
+
+    def score(self, images, prompts):
+        return Score((images**self.power).mean(dim=(1, 2, 3)))
+'''
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "prompts.txt").write_text("a red fox\n")
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command in this process; returns exit code, standard output, standard error."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            app(list(words))
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return call
+
+
+# ------------------------------------------------------------------------------------------------------- no torch, ever
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["rewards", "list"],
+        ["rewards", "show", "zreward"],
+        ["pipelines", "list"],
+        ["recipes", "list"],
+        ["validate", "recipe.yaml", "train.steps=5"],
+        ["validate", "prompts.txt"],
+        ["schema"],
+    ],
+)
+def test_quick_commands_import_no_torch(words):
+    heavy = ("torch", "transformers", "diffusers", "accelerate", "peft", "scipy")
+    program = (
+        "import sys\nfrom rewardtune.cli import app\n"
+        f"try:\n    app({words!r})\nexcept SystemExit as left:\n    assert not left.code, left.code\n"
+        f"found = [name for name in {heavy!r} if name in sys.modules]\nassert not found, found\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_the_module_is_the_console_script():
+    done = subprocess.run([sys.executable, "-m", "rewardtune", "--version"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, f"rewardtune {__version__}\n")
+
+
+def test_python_m_does_not_take_a_users_own_folder_for_ours(folder):
+    (folder / "rewards.py").write_text("raise RuntimeError('this is the user\\'s file')\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "rewardtune", "rewards", "list"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "zreward" in done.stdout
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("train", 2, "Missing argument"),
+        ("trian recipe.yaml", 2, "No such command"),
+        ("train recipe.yaml --nope", 2, "No such option"),
+        ("train recipe.yaml --nproc 0", 2, "'--nproc'"),
+        ("train nowhere.yaml", 2, "there is no such file"),
+        ("train pocket/base-sfd", 2, "did you mean 'pocket/base-sft'?"),
+        ("train recipe.yaml train.stepz=3", 2, "did you mean 'steps'?"),
+        ("train recipe.yaml train.steps=-5", 2, "train.steps is -5; expected more than 0."),
+        ("train recipe.yaml rewards.0.name=zrewrd", 2, "did you mean 'zreward'?"),
+        ("train recipe.yaml rewards.0.name=pocket-oracle", 2, "move it to compare.rewards"),
+        ("train recipe.yaml data.prompts=empty.txt", 3, "no prompts"),
+        ("train recipe.yaml --plugin nowhere.py", 2, "there is no such file"),
+        ("train recipe.yaml --plugin broken.py", 2, "broken.py does not load: ZeroDivisionError"),
+        ("train recipe.yaml --out prompts.txt/run", 6, "cannot be written"),
+        ("validate recipe.yaml data.prompts=nowhere.txt", 2, "no file 'nowhere.txt'"),
+        ("validate train.steps=5", 2, "name at least one recipe or data file"),
+        ("validate empty.txt", 3, "no prompts"),
+        ("validate control.txt", 3, "control.txt"),
+        ("rewards show zrewrd", 2, "did you mean 'zreward'?"),
+        ("rewards test os:system", 2, "os"),
+        ("recipes show nothing", 2, "no shipped recipe has this name"),
+        ("recipes copy pocket/base-sft prompts.txt", 2, "is there already"),
+        ("recipes copy pocket/base-sft nowhere/x.yaml", 6, "No such file or directory"),
+        ("score --reward zrewrd --images .", 2, "did you mean 'zreward'?"),
+        ("score --reward zreward --images nowhere --prompts prompts.txt", 3, "no such folder or manifest"),
+        ("evaluate --scorer nowhere --data nowhere.jsonl", 3, "nowhere.jsonl"),
+        ("compare", 2, "needs sides"),
+        ("export nowhere", 2, "nowhere"),
+    ],
+)
+def test_bad_input_is_one_paragraph_with_its_code(run, folder, words, code, said):
+    (folder / "empty.txt").write_text("\n")
+    (folder / "control.txt").write_text("a \x1b[2J fox\n")
+    (folder / "broken.py").write_text("1 / 0\n")
+    before = sorted(folder.rglob("*"))
+    got, out, err = run(*words.split())
+    assert said in err
+    assert got == code
+    assert out == ""
+    assert "Traceback" not in err
+    assert "\x1b" not in err
+    assert sorted(path for path in folder.rglob("*") if "__pycache__" not in str(path)) == before  # nothing half-written
+
+
+def test_traceback_shows_where(run):
+    code, _, err = run("rewards", "show", "zrewrd", "--traceback")
+    assert code == 2
+    assert "Traceback (most recent call last)" in err
+    assert "registry.py" in err
+    assert "error: reward 'zrewrd' is unknown" in err
+
+
+def test_an_unforeseen_error_is_our_fault_and_says_so(run, folder):
+    (folder / "plugin.py").write_text(PLUGIN.replace("return cls(config.power)", "raise KeyError('weights')"))
+    code, _, err = run("rewards", "test", "brightness", "--plugin", "plugin.py")
+    assert code == 70
+    assert "unexpected KeyError" in err
+    assert "--traceback" in err
+    from rewardtune import registry
+
+    del registry.rewards._decorated["brightness"]
+
+
+def test_control_characters_never_reach_the_terminal():
+    assert printable("a\x1b[31mb\u202ec\n\td") == "a\\x1b[31mb\\u202ec\n\\td"
+
+
+# ----------------------------------------------------------------------------------------------------------------- JSON
+
+
+def test_rewards_list_json_has_the_promised_fields(run):
+    code, out, _ = run("rewards", "list", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert code == 0
+    assert list(rows["zreward"]) == [
+        "name",
+        "source",
+        "differentiable",
+        "needs_prompt",
+        "range",
+        "higher_is_better",
+        "licence",
+        "extra",
+        "available",
+        "why_not",
+    ]
+    assert rows["zreward"]["differentiable"] is True
+    assert rows["zreward"]["range"] == [1.0, 5.0]
+    assert rows["pocket-oracle"]["differentiable"] is False
+    assert rows["pocket-oracle"]["available"] is True
+
+
+def test_a_broken_third_party_is_listed_as_unavailable(folder):
+    info = folder / "site" / "broken_rewards-0.3.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-rewards\nVersion: 0.3\n")
+    (info / "entry_points.txt").write_text("[rewardtune.rewards]\nsad = sad_module:Sad\n")
+    (folder / "site" / "sad_module.py").write_text("import not_installed_anywhere\n")
+    environment = os.environ | {"PYTHONPATH": str(folder / "site")}
+    command = [sys.executable, "-m", "rewardtune", "rewards", "list", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    row = next(row for row in json.loads(done.stdout) if row["name"] == "sad")
+    assert row["source"] == "broken-rewards 0.3"
+    assert row["available"] is False
+    assert row["why_not"] == "needs the module not_installed_anywhere, which is not installed"
+
+
+def test_validate_json_tells_each_file_apart(run, folder):
+    (folder / "bad.yaml").write_text(RECIPE.replace("steps: 10", "steps: x"))
+    code, out, err = run("validate", "recipe.yaml", "bad.yaml", "prompts.txt", "--json")
+    assert code == 2
+    good, bad, data = json.loads(out)
+    assert (good["file"], good["ok"], good["error"]) == ("recipe.yaml", True, None)
+    assert bad["ok"] is False
+    assert "bad.yaml:7: train.steps" in bad["error"]
+    assert data["ok"] is True
+    assert "bad.yaml:7" in err
+
+
+def test_the_schema_is_json(run):
+    code, out, _ = run("schema")
+    assert code == 0
+    assert json.loads(out)["discriminator"]["propertyName"] == "task"
+
+
+# ---------------------------------------------------------------------------------------------------- commands that work
+
+
+def test_plugin_rewards_are_listed_shown_and_tested(run):
+    from rewardtune import registry
+
+    code, out, _ = run("rewards", "list", "--plugin", "plugin.py")
+    assert code == 0
+    assert "brightness" in out
+    code, out, _ = run("rewards", "show", "brightness", "--plugin", "plugin.py")
+    assert "power (default 1.0): Exponent of each pixel." in out
+    code, out, err = run("rewards", "test", "brightness:power=2", "--plugin", "plugin.py")
+    assert code == 0, err
+    assert out.count("ok  ") == 7
+    code, out, _ = run("rewards", "test", "brightness", "--plugin", "plugin.py", "--json")
+    assert all(check["passed"] for check in json.loads(out))
+    code, _, err = run("rewards", "test", "brightness:pwer=2", "--plugin", "plugin.py")
+    assert code == 2
+    assert "pwer" in err
+    del registry.rewards._decorated["brightness"]
+
+
+def test_a_reward_that_breaks_the_contract_exits_1(run, folder):
+    from rewardtune import registry
+
+    text = PLUGIN.replace("brightness", "centred").replace(".mean(dim=(1, 2, 3)))", ".mean(dim=(1, 2, 3)) - images.mean())")
+    (folder / "centred.py").write_text(text)
+    code, out, err = run("rewards", "test", "centred", "--plugin", "centred.py")
+    assert code == 1
+    assert "FAIL  independent of batch mates" in out
+    assert "FAIL  no gradient across images" in out
+    assert "independent of batch mates" in err
+    del registry.rewards._decorated["centred"]
+
+
+def test_a_shipped_recipe_can_be_copied_and_shown(run, folder):
+    code, out, _ = run("recipes", "copy", "pocket/base-sft", "mine.yaml")
+    assert (code, out) == (0, "mine.yaml\n")
+    _, shown, _ = run("recipes", "show", "pocket/base-sft")
+    header, body = (folder / "mine.yaml").read_text().split("\n", 1)
+    assert body == shown.split("\n", 1)[1]
+    # The copy's header still leads an editor to the schema.
+    schema = Path(url2pathname(urlparse(header.partition("$schema=")[2]).path))
+    assert json.loads(schema.read_text())["title"] == "rewardtune recipe"
+    (folder / "there").mkdir()
+    _, out, _ = run("recipes", "copy", "pocket/base-sft", "there")
+    assert (folder / "there" / "base-sft.yaml").exists()
+
+
+def test_env_is_a_block_to_paste(run):
+    code, out, _ = run("env")
+    assert code == 0
+    assert all(line.startswith("- ") for line in out.splitlines())
+    assert f"- rewardtune: {__version__}" in out
+    assert "- torch: " in out
+    assert os.path.expanduser("~") not in out
+
+
+def test_doctor_finds_this_machine_fit_and_a_broken_plugin_unfit(run, folder, monkeypatch):
+    code, out, _ = run("doctor", "--json")
+    findings = {finding["check"]: finding for finding in json.loads(out)}
+    assert code == (1 if any(finding["status"] == "FAIL" for finding in findings.values()) else 0)
+    assert findings["torch device"]["status"] in ("ok", "warn")
+    assert findings["reward zreward"]["status"] == "ok"
+    info = folder / "site" / "sad_rewards-0.3.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sad-rewards\nVersion: 0.3\n")
+    (info / "entry_points.txt").write_text("[rewardtune.rewards]\nsad = sad_module:Sad\n")
+    (folder / "site" / "sad_module.py").write_text("raise RuntimeError('no weights')\n")
+    monkeypatch.syspath_prepend(str(folder / "site"))
+    code, out, err = run("doctor")
+    assert code == 1
+    assert "FAIL  reward sad: reward 'sad' from sad-rewards 0.3" in out
+    assert "reward sad" in err

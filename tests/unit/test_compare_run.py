@@ -1,0 +1,322 @@
+"""`compare` from sides to page on a real, tiny, untrained Z-Image pipeline, and diffusers alone drawing it again."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rewardtune import registry
+from rewardtune.compare.run import compare
+from rewardtune.compare.sampling import image_seed
+from rewardtune.compare.scores import choose_rewards, tie_bands
+from rewardtune.compare.sides import reference_side, resolve_sides
+from rewardtune.errors import CheckFailed, DataError, DiskError, RecipeError
+from rewardtune.plugins import Options, RewardCard
+from rewardtune.recipe import RewardSection
+from rewardtune.types import Score
+
+
+class Red:
+    """Mean red."""
+
+    card = RewardCard(name="run-red", summary="", differentiable=True, needs_prompt=False, range=(0.0, 1.0))
+    Config = Options
+    TIE_BAND = 0.0
+
+    @classmethod
+    def load(cls, config: Options, *, device: str) -> Self:
+        return cls()
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Score:
+        return Score(images[:, 0].mean(dim=(1, 2)))
+
+
+class Bright(Red):
+    """Mean brightness, no tie band of its own."""
+
+    card = RewardCard(
+        name="run-bright", summary="", differentiable=True, needs_prompt=False, range=(0.0, 4.0), held_out=True
+    )
+    TIE_BAND = None  # type: ignore[assignment]
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Score:
+        return Score(images.mean(dim=(1, 2, 3)) * 4)
+
+
+for _reward in (Red, Bright):
+    registry.rewards.register(_reward.card.name, _reward)
+
+PROMPTS = ["a dog", "two cats on a red background", "a bee above a bus"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder, a run folder with a LoRA of random weights, and prompts."""
+    root = tmp_path_factory.mktemp("world")
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(root / "pipeline")
+    run = root / "runs" / "demo"
+    (run / "export").mkdir(parents=True)
+    save_lora(pipe, run / "export")
+    recipe = {
+        "task": "direct_reward",
+        "pipeline": {"model": str(root / "pipeline"), "options": {"max_sequence_length": 32}},
+        "lora": {"rank": 2},
+        "data": {"prompts": "unused.txt"},
+        "gradient": {"method": "draft"},
+        "rewards": [{"name": "run-red"}],
+        "train": {"steps": 1, "device": "cpu"},
+        "compare": {
+            "prompts": str(root / "prompts.txt"), "judge": "run-bright", "steps": 2, "guidance_scale": 2.0,
+            "batch_size": 4, "seeds": 2,
+        },
+    }  # fmt: skip
+    (run / "recipe.json").write_text(json.dumps({"recipe": recipe}))
+    (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    return root
+
+
+def tiny_pipeline() -> Any:
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+
+    torch.manual_seed(0)
+    words = ["<pad>", "<unk>", "<end>", *sorted({word for prompt in PROMPTS for word in prompt.split()})]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="<end>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} <end>{% endfor %}"
+    text = Qwen3Config(
+        vocab_size=len(words), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, pad_token_id=0,
+    )  # fmt: skip
+    transformer = ZImageTransformer2DModel(
+        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2,
+        n_kv_heads=2, cap_feat_dim=32, axes_dims=[8, 4, 4], axes_lens=[128, 32, 32],
+    )  # fmt: skip
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4, norm_num_groups=4, sample_size=16, scaling_factor=1.0, shift_factor=0.0,
+    )  # fmt: skip
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=Qwen3Model(text), tokenizer=tokenizer,
+        transformer=transformer,
+    )  # fmt: skip
+
+
+def save_lora(pipe: Any, folder: Path, *, scale: float = 0.3) -> None:
+    """Random adapters in diffusers' keys; the pipeline is left without them."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "to_out.0"]))
+    for name, parameter in pipe.transformer.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=scale)
+    pipe.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
+    pipe.transformer.delete_adapters("default")
+
+
+@pytest.fixture(scope="module")
+def report(world: Path) -> Any:
+    return compare(["base", world / "runs" / "demo"])
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_everything_is_where_the_contract_says(world: Path, report: Any) -> None:
+    folder = world / "runs" / "demo" / "compare"
+    assert report.folder == folder
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        ["compare.json", "images", "report.html", "reproduce.py", "samples.csv", "scores.json"]
+    )
+    document = json.loads((folder / "compare.json").read_text())
+    assert document == report.document
+    assert document["sides"] == ["base", "demo"] and document["reference"] == "base"
+    assert (document["prompts"], document["seeds"]) == (3, 2)
+    assert document["pairs"][0]["judge"] == "run-bright" and document["judge"]["held_out"]
+    assert document["judge"]["tie_band"] == pytest.approx(0.08), "0.02 of the range 0 to 4"
+    assert document["side_details"]["demo"]["trained_on"] == ["run-red"]
+    assert set(document["rewards"]["demo"]) == {"run-bright", "run-red"}, "trained rewards are always scored"
+    assert document["reward_cards"]["run-red"]["trained"] and not document["reward_cards"]["run-bright"]["trained"]
+    with (folder / "samples.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    for row in rows:
+        red = pixels(folder / row["image"])[..., 0].mean() / 255
+        assert float(row["run-red"]) == pytest.approx(red, abs=1e-6), "scores are those of the files"
+
+
+def test_sides_share_noise_and_differ_by_the_lora(report: Any) -> None:
+    seeds = {(p, k): image_seed(p, k) for p in range(3) for k in range(2)}
+    assert len(set(seeds.values())) == 6 and max(seeds.values()) < 2**32
+    records = {s: json.loads((report.folder / "images" / s / "sampling.json").read_text()) for s in ("base", "demo")}
+    assert records["base"]["images"] == records["demo"]["images"]
+    assert [image["seed"] for image in records["base"]["images"]] == list(seeds.values())
+    same = [
+        np.array_equal(pixels(report.folder / "images" / "base" / i["file"]), pixels(report.folder / "images" / "demo" / i["file"]))
+        for i in records["base"]["images"]
+    ]  # fmt: skip
+    assert not any(same)
+
+
+def test_a_plain_diffusers_script_draws_the_very_images(report: Any) -> None:
+    done = subprocess.run(
+        [sys.executable, str(report.folder / "reproduce.py")], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "base: 6 of 6 images equal, largest difference 0" in done.stdout
+    assert "demo: 6 of 6 images equal, largest difference 0" in done.stdout
+    code = (report.folder / "reproduce.py").read_text().partition('"""\n\nfrom')[2]
+    assert "rewardtune" not in code
+
+
+def test_images_are_used_again_and_redrawn_only_where_needed(world: Path, report: Any) -> None:
+    folder = report.folder / "images" / "demo"
+    before = {file: file.stat().st_mtime_ns for file in sorted(folder.glob("*.png"))}
+    first = next(iter(before))
+    original = first.read_bytes()
+    Image.new("RGB", (16, 16)).save(first)
+    again = compare(["base", world / "runs" / "demo"])
+    assert first.read_bytes() == original, "an image that was changed is drawn again"
+    untouched = [file for file, time in before.items() if file.stat().st_mtime_ns == time]
+    assert len(untouched) == 2, "the other batch of four is kept"
+    assert again.document == report.document
+
+
+def test_other_settings_draw_everything_again(world: Path, tmp_path: Path) -> None:
+    sides = ["base", str(world / "runs" / "demo")]
+    small = compare(sides, out=tmp_path, seeds=1, num_prompts=2, judge="run-red", rewards="run-bright")
+    assert (small.document["prompts"], small.document["seeds"]) == (2, 1)
+    assert len(list((tmp_path / "images" / "demo").glob("*.png"))) == 2
+    assert not small.document["judge"]["held_out"]
+    larger = compare(sides, out=tmp_path, seeds=2, num_prompts=2, judge="run-red")
+    assert len(list((tmp_path / "images" / "demo").glob("*.png"))) == 4
+    assert larger.document["report"] != small.document["report"]
+
+
+def test_votes_merge_into_the_finished_report(world: Path, report: Any, tmp_path: Path) -> None:
+    votes = {
+        "kind": "rewardtune-votes", "version": 1, "report": report.document["report"], "rater": "a", "session": "1",
+        "saved": "now",
+        "votes": [{"prompt": p, "seed": 0, "left": "demo", "right": "base", "choice": "left"} for p in range(3)],
+    }  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(votes))
+    (tmp_path / "b.json").write_text(json.dumps({**votes, "session": "2"}))
+    # as a shell expands `--votes *.json`: one option and one more argument
+    merged = compare([str(tmp_path / "b.json")], votes=[tmp_path / "a.json"], out=report.folder)
+    human = merged.document["pairs"][-1]
+    assert (human["judge"], human["wins"], human["net"]) == ("human", 6, 1.0)
+    assert "People: 6 votes by 2 raters" in merged.page.read_text()
+    assert merged.document["pairs"][0] == report.document["pairs"][0]
+    with pytest.raises(DataError, match="no finished comparison"):
+        compare(votes=[tmp_path / "a.json"], out=tmp_path)
+    with pytest.raises(RecipeError, match="needs sides"):
+        compare(votes=[tmp_path / "a.json"])
+
+
+def test_fail_under_writes_the_report_first(world: Path, report: Any) -> None:
+    net = report.document["pairs"][0]["net"]
+    with pytest.raises(CheckFailed, match="below --fail-under"):
+        compare(["base", world / "runs" / "demo"], fail_under=net + 0.01)
+    compare(["base", world / "runs" / "demo"], fail_under=net)
+
+
+def test_sides_are_recognised(world: Path, tmp_path: Path) -> None:
+    run = world / "runs" / "demo"
+    lora = tmp_path / "my lora"
+    lora.mkdir()
+    file = "pytorch_lora_weights.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(run / "export" / file)
+    recipe = json.dumps(json.loads((run / "recipe.json").read_text())["recipe"])
+    save_file(tensors, lora / file, metadata={"rewardtune.base": "pocket:pipeline", "rewardtune.recipe": recipe})
+    base, demo, export, plain, bare = resolve_sides(["base", run, run / "export", world / "pipeline", lora])
+    assert [s.name for s in (base, demo, export, plain, bare)] == ["base", "demo", "demo-2", "pipeline", "my-lora"]
+    assert base.lora is None and base.pipeline == demo.pipeline and base.known
+    assert demo.lora == run / "export" == export.lora
+    assert plain.pipeline.options == {"max_sequence_length": 32}, "the run's options, so that nothing else differs"
+    assert not plain.known
+    assert bare.lora == lora and [r.name for r in bare.trained_on] == ["run-red"]
+    assert reference_side([demo, base]) is base and reference_side([demo, plain]) is demo
+    save_file(tensors, lora / file, metadata={"rewardtune.base": "pocket:pipeline"})
+    assert resolve_sides([lora, run])[0].pipeline.model == "pocket:pipeline"
+
+
+def test_sides_that_cannot_be_compared(world: Path, tmp_path: Path) -> None:
+    run = world / "runs" / "demo"
+    scorer = {"task": "reward_sft", "scorer": {"model": "x/y"}, "data": {"records": "r"}, "train": {"steps": 1}}
+    (tmp_path / "scorer").mkdir()
+    (tmp_path / "scorer" / "recipe.json").write_text(json.dumps({"recipe": scorer}))
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "recipe.json").write_bytes((run / "recipe.json").read_bytes())
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "recipe.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+    for sides, message in (
+        ([run], "at least two"),
+        ([run, run], "named twice"),
+        (["base", world / "pipeline"], "no side is a run folder"),
+        (["base", tmp_path / "scorer"], "draws no images"),
+        (["base", tmp_path / "unfinished"], "no finished export"),
+        (["base", tmp_path / "broken"], "not the recipe of a run"),
+        ([run, tmp_path / "empty"], "neither a run folder"),
+        ([run, tmp_path / "nowhere"], "nowhere"),
+        ([run, "pocket:nothing"], "does not ship"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            resolve_sides(sides)
+
+
+def test_mistakes_cost_no_image(world: Path, tmp_path: Path) -> None:
+    sides = ["base", world / "runs" / "demo"]
+    out = tmp_path / "out"
+    twin = tmp_path / "twin"
+    twin.symlink_to(world / "pipeline")
+    with pytest.raises(ImportError, match="run-bright"):
+        compare(sides, out=out, judge="run-brigth")
+    with pytest.raises(RecipeError, match="--seeds 0"):
+        compare(sides, out=out, seeds=0)
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(DataError, match="no prompts"):
+        compare(sides, out=out, prompts=tmp_path / "empty.txt")
+    with pytest.raises(RecipeError, match="--fail-under needs a judge"):
+        compare([world / "pipeline", twin], out=out, prompts=world / "prompts.txt", fail_under=0.1)
+    assert not out.exists()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DiskError, match="cannot be written"):
+        compare(sides, out=tmp_path / "file")
+
+
+def test_choice_of_rewards_and_judge() -> None:
+    red, bright = RewardSection(name="run-red"), RewardSection(name="run-bright")
+    assert choose_rewards([red, bright], [], None)[1] == "run-bright", "held out by its card"
+    assert choose_rewards([red], [], None)[1] == "run-red"
+    assert choose_rewards([red], [red], None) == ({"run-red": red}, None), "a trained reward never judges by itself"
+    assert choose_rewards([bright], [red], "run-red")[1] == "run-red", "unless it is named"
+    sections, judge = choose_rewards([red], [], "run-bright")
+    assert list(sections) == ["run-bright", "run-red"] and judge == "run-bright"
+    other = RewardSection(name="run-red", options={"x": 1})
+    assert list(choose_rewards([red, other, red], [], None)[0]) == ["run-red", "run-red:x=1"]
+
+
+def test_tie_bands() -> None:
+    assert tie_bands(Red()) == (0.0, {})
+    assert tie_bands(Bright())[0] == pytest.approx(0.08)

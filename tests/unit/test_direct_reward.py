@@ -1,0 +1,121 @@
+"""The direct_reward and sft tasks on a real ZImagePipeline with random weights: learning, keys, export."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from rewardtune import export, gradients, lora
+from rewardtune.pipelines.z_image import ZImage
+from rewardtune.plugins import Guidance, RewardCard
+from rewardtune.rollout import Chain
+from rewardtune.scoring import RewardSet, Term
+from rewardtune.tasks.direct_reward import DirectReward
+from rewardtune.types import Prompt, Score
+
+_spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "tiny.py")
+assert _spec and _spec.loader
+tiny = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tiny)
+
+
+class Redness:
+    card = RewardCard("redness", "red minus blue", differentiable=True, needs_prompt=False, range=(-1, 1))
+
+    def score(self, images, prompts):
+        return Score((images[:, 0] - images[:, 2]).mean((1, 2)))
+
+
+def build(method: str, settings: dict, *, lr_seed: int = 0, pipe=None) -> DirectReward:
+    adapter = ZImage(pipe or tiny.z_image())
+    modules = {"transformer": adapter.pipe.transformer}
+    lora.attach(modules, rank=4, alpha=4, targets=adapter.lora_targets, seed=lr_seed)
+    bound = gradients.load_method(method)
+    return DirectReward(
+        adapter, trainable=modules, prompts=[Prompt("dog"), Prompt("red cat"), Prompt("two birds")],
+        rewards=RewardSet([Term(Redness())]), method=lambda c, n, r: bound(c, n, r, **settings), num_steps=4,
+        guidance=Guidance("detached-negative", 2.0), size=(16, 16), seed=3, samples=lambda: None,
+        export=lambda *_: None,
+    )  # fmt: skip
+
+
+def train(task: DirectReward, steps: int, lr: float) -> list[float]:
+    parameters = [p for m in task.trainable.values() for p in m.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr)
+    rewards = []
+    for step in range(steps):
+        out = task.step(task.batch(step, range(step * 4, step * 4 + 4)))
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        rewards.append(out.metrics["reward/redness"])
+    return rewards
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("draft", {"last_steps": 2, "memory": "flat"}), ("refl", {"earliest": 0.5, "latest": 1.0})],
+)
+def test_reward_rises(method, settings):
+    rewards = train(build(method, settings), 25, 1e-2)
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.02
+
+
+def test_batches_are_keyed_by_global_index_alone():
+    task = build("draft", {"last_steps": 1, "memory": "fast"})
+    whole, parts = task.batch(7, range(28, 32)), [task.batch(7, [28, 29]), task.batch(7, [30, 31])]
+    assert torch.equal(whole.noise, torch.cat([p.noise for p in parts]))
+    assert whole.prompts == parts[0].prompts + parts[1].prompts
+
+
+def test_gradient_reaches_adapters_only():
+    task = build("draft", {"last_steps": 2, "memory": "flat"})
+    task.step(task.batch(0, range(2))).loss.backward()
+    transformer = task.trainable["transformer"]
+    assert all(p.grad is None for n, p in transformer.named_parameters() if "lora_" not in n)
+    assert any(p.grad is not None and p.grad.any() for n, p in transformer.named_parameters() if "lora_B" in n)
+
+
+def test_refl_draws_its_step_from_the_late_part():
+    from rewardtune.gradients.refl import refl
+    from rewardtune.randomness import choice
+
+    adapter = ZImage(tiny.z_image())
+    off = Guidance(mode="off")
+    chain = Chain(adapter, adapter.encode(["dog"], off), num_steps=8, guidance=off, size=(16, 16))
+    seen: set[int] = set()
+    chain.clean = lambda i, latents: seen.add(i) or latents  # type: ignore[method-assign,func-returns-value]
+    noise = adapter.noise([torch.Generator().manual_seed(0)], (16, 16))
+    for step in range(40):
+        refl(chain, noise, choice(0, "gradient/step", step), earliest=0.5, latest=0.875)
+    assert seen == {4, 5, 6}
+
+
+def test_exported_adapters_load_in_diffusers_to_the_same_image(tmp_path):
+    """Also at alpha != rank: the scale is folded, so a loader that ignores metadata gets full strength."""
+    from diffusers import DiffusionPipeline
+    from safetensors.torch import load_file
+
+    base = tmp_path / "base"
+    tiny.z_image().save_pretrained(base)
+    adapter = ZImage.load(str(base), ZImage.Config(), revision=None, dtype=torch.float32, device="cpu")
+    modules = {"transformer": adapter.pipe.transformer}
+    lora.attach(modules, rank=4, alpha=12, targets=adapter.lora_targets, seed=1)
+    with torch.no_grad():
+        for name, parameter in adapter.pipe.transformer.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    folder = tmp_path / "export"
+    folder.mkdir()
+    export.lora(adapter, ["transformer"], folder, {"name": "test", "step": "3"}, base=str(base))
+    fresh = DiffusionPipeline.from_pretrained(base)
+    untouched = export.probe(ZImage(fresh))
+    fresh.load_lora_weights(str(folder))
+    assert torch.allclose(export.probe(ZImage(fresh)), export.probe(adapter), atol=1e-5)
+    assert not torch.allclose(export.probe(ZImage(fresh)), untouched, atol=1e-3)
+    keys = load_file(folder / export.LORA_FILE)
+    assert all(k.startswith("transformer.") and (k.endswith("lora_A.weight") or k.endswith("lora_B.weight")) for k in keys)
+    assert "pipe.load_lora_weights" in (folder / "README.md").read_text()
