@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/demo
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .PHONY: help demo dev test check format lint types wheel nightly pocket clean
 
@@ -12,14 +12,16 @@ help:  ## what there is
 
 # torch first: alone, pip takes the build that the constraints name and nothing else can pull another one in.
 $(VENV)/installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch
-	$(PIP) -e .
-	touch $@
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing rewardtune into $(VENV) (some minutes the first time)"
+	@$(PIP) torch
+	@$(PIP) -e .
+	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) 'setuptools>=77' wheel -e '.[dev]'
-	touch $@
+	@echo "installing what tests and checks need"
+	@$(PIP) setuptools -e '.[dev]'
+	@touch $@
 
 demo: $(VENV)/installed  ## train pocket/zreward, compare with its start, show where the report is
 	$(BIN)/rewardtune train pocket/zreward --out $(OUT)

@@ -15,9 +15,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
 from rewardtune import __version__, registry
 from rewardtune.checkpoint import write_json, write_text
 from rewardtune.errors import DiskError, RecipeError
+from rewardtune.recipe import Recipe
 
 if TYPE_CHECKING:
     from rewardtune.recipe_file import LoadedRecipe
@@ -122,6 +125,15 @@ def _read_record(path: Path) -> dict[str, Any] | None:
         return {"recipe": dict(record["recipe"]), "plugins": dict(record["plugins"]), "run_id": record["run_id"]}
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{path} cannot be read; it is not the record of a run. Use --fresh or --out.") from error
+
+
+def _completed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recorded recipe with the defaults of settings that came after it; as it is where it no longer fits."""
+    try:
+        adapter: TypeAdapter[BaseModel] = TypeAdapter(Recipe)
+        return adapter.validate_python(recipe).model_dump(mode="json")
+    except ValidationError:
+        return recipe
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

@@ -6,6 +6,7 @@ accelerate's PartialState finds the process group; tensors are averaged here and
 from __future__ import annotations
 
 import datetime
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -120,7 +121,8 @@ def set_attention(modules: Sequence[nn.Module], backend: str) -> str:
             reason = str(error).splitlines()[0]
             for module in able:
                 module.set_attention_backend("native")
-    print(f"attention: {backend} is not used here ({reason}); using native attention.", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"attention: {backend} is not used here ({reason}); using native attention.", file=sys.stderr)
     return "native"
 
 

@@ -18,7 +18,7 @@ from rewardtune.errors import RecipeError
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
 MAX_ALIASES = 100
-MAX_NODES = 20_000
+MAX_NODES = 10_000
 """Values, counted after aliases are expanded: a hundred aliases can stand for billions."""
 
 Path = tuple[str | int, ...]

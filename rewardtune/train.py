@@ -191,7 +191,7 @@ def _backward(
         except NonFiniteError as error:
             return [math.nan], [], str(error)
         if output.loss.requires_grad:
-            (output.loss / train.accumulation).backward()  # type: ignore[no-untyped-call]
+            (output.loss / train.accumulation).backward()
         losses.append(float(output.loss.detach()))
         metrics.append(output.metrics)
     return losses, metrics, ""

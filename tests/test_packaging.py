@@ -33,7 +33,16 @@ def wheel(tmp_path_factory) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             if (ROOT / name).is_file():
                 target.write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(folder / "dist"), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--wheel",
+        "--outdir",
+        str(folder / "dist"),
+        str(source),
+    ]
     built = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert built.returncode == 0, built.stdout + built.stderr
     return next((folder / "dist").glob("*.whl"))
@@ -51,8 +60,10 @@ def site(wheel, tmp_path_factory) -> Path:
 def installed(site: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run with the unpacked wheel and the environment's other packages; -P keeps the current folder out of the way."""
     probe = (
-        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')];"
-        "import runpy; sys.argv = ['rewardtune', *sys.argv[1:]]; runpy.run_module('rewardtune', run_name='__main__')"
+        "import runpy, sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
+        "sys.argv = ['rewardtune', *sys.argv[1:]]\n"
+        "runpy.run_module('rewardtune', run_name='__main__')\n"
     )
     return subprocess.run(
         [sys.executable, "-P", "-c", probe, *words],

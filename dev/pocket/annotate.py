@@ -116,31 +116,38 @@ class Draft:
     pictures: list[Picture]
 
 
-def read_samples(folder: Path) -> dict[str, tuple[Prompt, list[Path]]]:
-    """Prompt -> its samples, from every .jsonl in `folder`: rows with `image`, `prompt` and `facts`."""
-    found: dict[str, tuple[Prompt, list[Path]]] = {}
+Samples = dict[str, tuple[Prompt, list[tuple[Path, str]]]]
+"""Prompt -> the prompt with its facts, and its samples with the stage that each is of."""
+
+
+def read_samples(folder: Path) -> Samples:
+    """Samples of every .jsonl in `folder`: rows with `image`, `prompt`, `facts` and, where known, `stage`."""
+    found: Samples = {}
     for manifest in sorted(folder.rglob("*.jsonl")):
         for prompt in read_prompts(manifest):
             _, images = found.setdefault(str(prompt), (prompt, []))
-            images.append(manifest.parent / prompt.metadata["image"])
+            stage = str(prompt.metadata.get("stage", manifest.parent.name))
+            images.append((manifest.parent / prompt.metadata["image"], stage))
     return found
 
 
-def draft_groups(split: Split, count: int, *, seed: int, samples: dict[str, tuple[Prompt, list[Path]]],
-                 decoding: bool) -> list[Draft]:  # fmt: skip
-    """Groups of four: first those with samples (up to three, mixed over the stages), then renders only."""
+def draft_groups(split: Split, count: int, *, seed: int, samples: Samples, decoding: bool) -> list[Draft]:
+    """Groups of four: first those with samples, mixed over the stages and filled up with renders, then renders only."""
     drafts: list[Draft] = []
     rng = choice(seed, f"annotate/{split}")
     kinds = [k for k in KINDS if decoding or "decoded" not in k]
-    chunks: list[tuple[Prompt, Scene, list[Path]]] = []
+    chunks: list[tuple[Prompt, Scene, list[tuple[Path, str]]]] = []
     for prompt, images in samples.values():
         asked = scene_of(prompt.metadata["facts"])
         if asked.split == split:
             rng.shuffle(images)
-            chunks += [(prompt, asked, images[i : i + 3]) for i in range(0, len(images), 3)]
+            while images:
+                size = rng.choice([4, 3, 2])
+                chunks.append((prompt, asked, images[:size]))
+                images = images[size:]
     rng.shuffle(chunks)
     for prompt, asked, images in chunks[: int(count * (1 - RENDERED))]:
-        pictures = [Picture(f"sample {path.parent.name}", open_image(path), None) for path in images]
+        pictures = [Picture(f"sample {stage}", open_image(path), None) for path, stage in images]
         drafts.append(Draft(prompt, asked, pictures))
     while len(drafts) < count:
         asked = sample_scene(rng, split)
@@ -188,9 +195,7 @@ def choose(group: PreferenceGroup, rng: random.Random) -> PreferenceGroup | None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument(
-        "--samples", type=Path, help="folder of samples: PNG and .jsonl (image, prompt, facts)"
-    )
+    parser.add_argument("--samples", type=Path, help="folder of samples: PNG and .jsonl (image, prompt, facts)")
     parser.add_argument("--vae", type=Path, help="folder of the pipeline's autoencoder")
     parser.add_argument("--seed", type=int, default=0)
     for split, count in GROUPS.items():

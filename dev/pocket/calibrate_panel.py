@@ -36,12 +36,20 @@ class Case:
 
 
 def make_case(rng: random.Random) -> Case:
-    """A train scene, misread half of the time, with up to three faults."""
+    """A train scene, misread half of the time, with up to three faults; one in six is a wreck.
+
+    Wrecks are what a pipeline draws early in its training: blobs, bent and melted beyond recognition.
+    """
     asked = sample_scene(rng, "train")
     drawn = misread(asked, rng) if rng.random() < 0.5 else asked
+    plan = [(n, rng.random()) for n in rng.sample(sorted(FAULTS), rng.choices([0, 1, 2, 3], [1, 5, 3, 1])[0])]
+    if rng.random() < 1 / 6:
+        drawn = sample_scene(rng, "train") if rng.random() < 0.5 else asked
+        names = ["wobble", *rng.choices(["wobble", "smear", "ghosting"], k=2), *rng.choices(["blur", "grain"], k=1)]
+        plan = [(n, rng.uniform(0.6, 1.0) if n not in ("blur", "grain") else rng.uniform(0.0, 0.4)) for n in names]
     picture, faults = render(drawn), []
-    for name in rng.sample(sorted(FAULTS), rng.choices([0, 1, 2, 3], [1, 5, 3, 1])[0]):
-        picture, fault = panel.apply_fault(picture, name, rng.random(), rng)
+    for name, severity in plan:
+        picture, fault = panel.apply_fault(picture, name, severity, rng)
         faults.append(fault)
     view = eye.look(picture, asked.facts())
     return Case(asked, drawn, tuple(faults), view, panel.judge_recipe(asked, drawn, faults))
@@ -69,7 +77,7 @@ def fit_facts(cases: list[Case]) -> dict[str, list[float]]:
             true = [b for b in case.drawn.boxes if case.drawn.groups[b.group].concept == s.concept
                     and np.hypot(b.x - s.x, b.y - s.y) < 0.35 * b.side]  # fmt: skip
             objects[0].append((s.score, s.score - s.rival))
-            objects[1].append(bool(true))
+            objects[1].append(bool(true) and panel.clarity(case.faults) > 0.5)
             if true:
                 tint = case.drawn.groups[true[0].group].tint
                 for name in s.tints:

@@ -65,7 +65,7 @@ def features(image: Image.Image) -> Floats:
 
 def distances(vectors: Floats) -> Floats:
     """(N, F) -> (N, N) Euclidean distances."""
-    from scipy.spatial.distance import pdist, squareform  # type: ignore[import-untyped]
+    from scipy.spatial.distance import pdist, squareform
 
     table: Floats = squareform(pdist(vectors))
     return table

@@ -15,7 +15,7 @@ from rewardtune.compare.files import plain, write_bytes
 from rewardtune.compare.page import write_page
 from rewardtune.compare.report import add_votes, measure_diversity, report_id, summarise
 from rewardtune.compare.sampling import Plan, sample_sides
-from rewardtune.compare.scores import Scored, choose_rewards, read_scores, score_sides
+from rewardtune.compare.scores import Panel, Scored, choose_rewards, read_scores, score_sides
 from rewardtune.compare.sides import Side, first_recipe, resolve_sides
 from rewardtune.compare.votes import read_votes
 from rewardtune.errors import CheckFailed, DataError, RecipeError
@@ -74,8 +74,8 @@ def compare(
     chosen = resolve_sides(sides)
     recipe = first_recipe(chosen)
     defaults = recipe.compare if recipe is not None else CompareSection()
-    sections, judge_label = _rewards(chosen, defaults, rewards, judge)
-    if fail_under is not None and judge_label is None:
+    panel = _panel(chosen, defaults, rewards, judge)
+    if fail_under is not None and panel.judge is None:
         raise RecipeError("--fail-under needs a judge: name one with --judge.")
     plan = _plan(defaults, prompts=prompts, seeds=seeds, num_prompts=num_prompts)
     folder = Path(out) if out is not None else _folder(chosen)
@@ -85,11 +85,10 @@ def compare(
     script = Path(__file__).with_name("reproduce.py")
     write_bytes(folder / script.name, script.read_bytes())
     sample_sides(chosen, plan, folder, device=device)
-    trained = sorted({section.name for side in chosen for section in side.trained_on})
-    scored = score_sides(names, plan, folder, rewards=sections, trained=trained, device=device)
+    scored = score_sides(names, plan, folder, panel=panel, device=device)
     diversity = measure_diversity(names, plan, folder)
     identity = report_id(names, plan, folder)
-    document = summarise(chosen, plan, scored, diversity, judge=judge_label, report=identity)
+    document = summarise(chosen, plan, scored, diversity, judge=panel.judge, report=identity)
     report = _finish(folder, document, scored, plan, votes)
     _check(report, fail_under)
     return report
@@ -145,22 +144,17 @@ def _check(report: Report, fail_under: float | None) -> None:
         )
 
 
-def _rewards(
+def _panel(
     sides: Sequence[Side], defaults: CompareSection, rewards: str | Sequence[str] | None, judge: str | None
-) -> tuple[dict[str, RewardSection], str | None]:
-    """What to score with. Names are looked up here, so that a wrong one costs no image."""
-    from rewardtune import registry
-
+) -> Panel:
+    """What to score with: named here, else by the recipe; and whatever the sides were trained on."""
     if rewards is None:
         wanted = list(defaults.rewards)
     else:
         specs = parse_specs(rewards) if isinstance(rewards, str) else list(rewards)
         wanted = [RewardSection(name=name, options=options) for name, options in map(parse_spec, specs)]
     trained = [section for side in sides for section in side.trained_on]
-    sections, label = choose_rewards(wanted, trained, judge or defaults.judge)
-    for section in sections.values():
-        registry.rewards.card(section.name)
-    return sections, label
+    return choose_rewards(wanted, trained, judge or defaults.judge)
 
 
 def _plan(defaults: CompareSection, *, prompts: str | Path | None, seeds: int | None, num_prompts: int | None) -> Plan:

@@ -63,36 +63,73 @@ class Scored:
         return np.array([_number(image, part) for image in self.images[side]], dtype=np.float64)
 
 
-def choose_rewards(
-    wanted: Sequence[RewardSection], trained: Sequence[RewardSection], judge: str | None
-) -> tuple[dict[str, RewardSection], str | None]:
-    """Label -> reward to score with, each once, and the judge's label.
+@dataclass(frozen=True)
+class Panel:
+    """What a comparison scores with.
 
-    A reward that comes twice with other options is labelled with them. The judge is the named one, else the first
-    wanted reward whose card says that it is held out and that no side was trained on, else the first not trained on.
+    rewards: label -> reward, each once. trained: labels of those that a side was trained on. judge: a label, or None.
+    """
+
+    rewards: Mapping[str, RewardSection]
+    trained: frozenset[str]
+    judge: str | None
+
+
+def choose_rewards(wanted: Sequence[RewardSection], trained: Sequence[RewardSection], judge: str | None) -> Panel:
+    """The wanted rewards, those that a side was trained on, and a judge.
+
+    Rewards are the same when their names and options (with defaults filled in) are; one that comes twice with other
+    options is labelled with them. The judge is the named one, else the first wanted reward whose card says that it is
+    held out and whose name no side was trained on, else the first not trained on. Raises PluginError for a name and
+    RecipeError for options that are wrong, so that neither costs an image.
     """
     from rewardtune import registry
 
-    sections: dict[str, RewardSection] = {}
-    for section in [*wanted, *trained]:
-        same = [s for s in sections.values() if (s.name, s.options) == (section.name, section.options)]
-        if not same:
-            label = section.name
-            if label in sections:
-                label += ":" + ",".join(f"{k}={v}" for k, v in sorted(section.options.items()))
-            sections[label] = section
-    if judge is not None:
-        for label, section in sections.items():
-            if judge in (label, section.name):
-                return sections, label
-        from rewardtune.score import parse_spec
+    rewards: dict[str, RewardSection] = {}
+    labels: dict[str, str] = {}
 
-        name, options = parse_spec(judge)
-        return {judge: RewardSection(name=name, options=options), **sections}, judge
+    def add(section: RewardSection) -> str:
+        settings = json.dumps([section.name, _settings(section)], sort_keys=True, default=str)
+        if settings not in labels:
+            label = section.name
+            if label in rewards:
+                label += ":" + ",".join(f"{k}={v}" for k, v in sorted(section.options.items()))
+            rewards[label], labels[settings] = section, label
+        return labels[settings]
+
+    for section in wanted:
+        add(section)
+    trained_labels = frozenset([add(section) for section in trained])
+    if judge is not None:
+        found = next((label for label, section in rewards.items() if judge in (label, section.name)), None)
+        if found is None:
+            from rewardtune.score import parse_spec
+
+            name, options = parse_spec(judge)
+            found = add(RewardSection(name=name, options=options))
+        return Panel(rewards, trained_labels, found)
     names = {section.name for section in trained}
-    free = [label for label, section in sections.items() if section.name not in names]
-    held_out = [label for label in free if registry.rewards.card(sections[label].name).held_out]
-    return sections, next(iter([*held_out, *free]), None)
+    free = [label for label, section in rewards.items() if section.name not in names]
+    held_out = [label for label in free if registry.rewards.card(rewards[label].name).held_out]
+    return Panel(rewards, trained_labels, next(iter([*held_out, *free]), None))
+
+
+def _settings(section: RewardSection) -> dict[str, Any]:
+    """A reward's options with defaults filled in."""
+    from pydantic import ValidationError
+
+    from rewardtune import registry
+
+    plugin: Any = registry.rewards.load_class(section.name)
+    try:
+        config: dict[str, Any] = plugin.Config(**section.options).model_dump()
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise RecipeError(
+            f"reward {section.name!r} does not take these options: {problems}. "
+            f"`rewardtune rewards show {section.name}` lists them."
+        ) from error
+    return config
 
 
 def score_sides(
@@ -100,8 +137,7 @@ def score_sides(
     plan: Plan,
     out: Path,
     *,
-    rewards: Mapping[str, RewardSection],
-    trained: Sequence[str],
+    panel: Panel,
     device: str,
 ) -> list[Scored]:
     """Score every image with every reward, one reward in memory at a time; writes both files."""
@@ -109,9 +145,9 @@ def score_sides(
 
     items = plan.items
     prompts = [plan.prompts[p] for p, _ in items]
-    progress = Progress("scoring images", len(rewards) * len(sides) * len(items))
+    progress = Progress("scoring images", len(panel.rewards) * len(sides) * len(items))
     scored = []
-    for label, section in rewards.items():
+    for label, section in panel.rewards.items():
         reward = load_reward(section.name, device=device, **section.options)
         images: dict[str, list[ImageScore]] = {}
         for side in sides:
@@ -126,7 +162,7 @@ def score_sides(
                 label=label,
                 card=card_document(reward.card),
                 options=section.options,
-                trained=section.name in trained,
+                trained=label in panel.trained,
                 tie_band=band,
                 part_tie_bands=part_bands,
                 images=images,

@@ -92,7 +92,7 @@ def net_win_rate(verdict: Verdicts, clusters: Clusters, *, resamples: int = RESA
 
 def sign_test(won: int, lost: int) -> float:
     """Two-sided p-value of `won` against `lost` under a fair coin; 1.0 when there is neither."""
-    from scipy.stats import binomtest  # type: ignore[import-untyped]
+    from scipy.stats import binomtest
 
     return float(binomtest(won, won + lost, 0.5).pvalue) if won + lost else 1.0
 

@@ -66,7 +66,7 @@ def look(picture: Image.Image, facts: Sequence[Mapping[str, Any]]) -> View:
     claims = [(f["concept"], int(f["count"])) for f in facts if f["kind"] == "count"]
     ground, colour = _background(pixels)
     difference = pixels - ground
-    scene = _Scene(difference, colour)
+    scene = _Scene(difference, _unshifted(colour, [f["background"] for f in facts if f["kind"] == "background"]))
     sights = _search(scene, [c for c, _ in claims], sum(n for _, n in claims))
     others = _others(scene, sights)
     sights = tuple(s for s in sights if not any(o.rival < o.score and _near(s, o) and o.score > s.score + 0.08
@@ -161,6 +161,17 @@ def _background(pixels: Array) -> tuple[Array, Array]:
     grid_y, grid_x = np.mgrid[:SIZE, :SIZE] / SIZE - 0.5
     ground = plane[0] + grid_x[..., None] * plane[1] + grid_y[..., None] * plane[2]
     return ground.clip(0, 1).astype(np.float32), plane[0].clip(0, 1).astype(np.float32)
+
+
+def _unshifted(colour: Array, claimed: Sequence[str]) -> Array:
+    """The colour of the world that a background stands for: a colour cast shifts objects and background alike, so
+    that differences are those from the unshifted colour."""
+    world = {name: np.array(rgb, np.float32) / 255.0 for name, rgb in BACKGROUNDS.items()}
+    nearest = min(world, key=lambda name: float(np.linalg.norm(world[name] - colour)))
+    if np.linalg.norm(world[nearest] - colour) > 0.08:
+        close = [name for name in claimed if np.linalg.norm(world[name] - colour) < 0.45]
+        nearest = close[0] if close else nearest
+    return world[nearest]
 
 
 def _search(scene: _Scene, concepts: Sequence[str], number: int) -> tuple[Sight, ...]:

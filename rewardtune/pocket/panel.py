@@ -131,14 +131,37 @@ class Fault:
 
 def apply_fault(picture: Image.Image, name: str, severity: float, rng: random.Random) -> tuple[Image.Image, Fault]:
     """The picture with a fault, and the fault; a smear beside the objects or a cut through nothing hardly shows."""
+    state = rng.getstate()
     out = FAULTS[name][0](picture, severity, rng)
-    if name not in ("smear", "shear_halves"):
-        return out, Fault(name, severity)
     before, after = (np.asarray(p).astype(np.float32) for p in (picture, out))
-    ground = np.median(before.reshape(-1, 3), axis=0)
-    change = float(np.sqrt(((after - before) ** 2).mean() / max(((before - ground) ** 2).mean(), 1.0)))
-    usual = 0.08 + 0.16 * severity if name == "smear" else 0.45
-    return out, Fault(name, severity, min(1.0, change / usual))
+    strength = np.abs(before - np.median(before.reshape(-1, 3), axis=0)).max(axis=2)
+    if name == "smear":
+        change = float(np.sqrt(((after - before) ** 2).mean() / max((strength**2).mean(), 1.0)))
+        return out, Fault(name, severity, min(1.0, change / (0.08 + 0.16 * severity)))
+    if name == "shear_halves":
+        return out, Fault(name, severity, min(1.0, _crossed(strength > 30, state) / 10))
+    return out, Fault(name, severity)
+
+
+def _crossed(objects: np.ndarray[Any, Any], state: Any) -> int:
+    """Pixels of objects through which `shear_halves` cuts; draws what it draws, in the same order."""
+    twin = random.Random()
+    twin.setstate(state)
+    twin.choice([-1, 1])
+    cut = twin.randint(18, 46)
+    lines = objects if twin.random() < 0.5 else objects.T
+    return int((lines[cut - 1] & lines[cut]).sum())
+
+
+def clarity(faults: Sequence[Fault]) -> float:
+    """How well objects can still be told under faults, 0 to 1; bent outlines soon make them something else."""
+    clear = 1.0
+    for fault in faults:
+        if fault.name == "wobble":
+            clear *= 1 - 1.1 * max(0.0, fault.damage - 0.4)
+        elif fault.name in ("smear", "blur", "shear_halves"):
+            clear *= 1 - 0.35 * fault.damage**2
+    return clear
 
 
 def judge_recipe(asked: Scene, drawn: Scene, faults: Sequence[Fault]) -> Opinion:
@@ -148,13 +171,12 @@ def judge_recipe(asked: Scene, drawn: Scene, faults: Sequence[Fault]) -> Opinion
     objects = [
         _Object(g.concept, g.tint, b.x, b.y, b.side) for b in drawn.boxes for g in [drawn.groups[b.group]]
     ]  # fmt: skip
-    clear = 1 - max((0.35 * damage.get(n, 0.0) ** 2 for n in ("wobble", "smear", "blur", "shear_halves")), default=0.0)
     colour = 1.0 - 0.3 * damage.get("cast", 0.0)
     if "pale" in damage:
         colour *= min(1.0, max(0.0, (0.57 - 0.6 * damage["pale"]) / 0.35))
     ground = 1 - max(0.6 * damage.get("pale", 0.0), 0.9 * max(0.0, damage.get("cast", 0.0) - 0.2),
                      0.4 * damage.get("blotches", 0.0))  # fmt: skip
-    trust = {"object": clear, "colour": colour, "background": ground}
+    trust = {"object": clarity(faults), "colour": colour, "background": ground}
     evidence = [
         float(ok) * trust.get(f["kind"], 1.0) if ok is not None else 1.0
         for f, ok in ((f, _holds(f, facts, objects, drawn.background)) for f in facts)

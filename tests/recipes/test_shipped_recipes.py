@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,25 @@ def test_no_held_out_judge_is_trained_on(name):
     recipe = load_recipe(name).recipe
     for section in getattr(recipe, "rewards", ()):
         assert not registry.rewards.card(section.name).held_out
+
+
+def readme_blocks(language: str) -> list[str]:
+    text = (FOLDER.parent / "README.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_readmes_recipe_validates(tmp_path):
+    (block,) = readme_blocks("yaml")
+    (tmp_path / "readme.yaml").write_text(block)
+    assert load_recipe(tmp_path / "readme.yaml").recipe.task == "direct_reward"
+
+
+def test_the_readmes_reward_keeps_the_contract_when_pasted(tmp_path):
+    (block,) = (block for block in readme_blocks("python") if "register_reward" in block)
+    (tmp_path / "warmth.py").write_text(block)
+    command = [sys.executable, "-m", "rewardtune", "rewards", "test", "warmth", "--plugin", "warmth.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_schema_file_is_current():

@@ -107,7 +107,9 @@ def test_quick_commands_import_no_torch(words):
 
 
 def test_the_module_is_the_console_script():
-    done = subprocess.run([sys.executable, "-m", "rewardtune", "--version"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "rewardtune", "--version"], capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout) == (0, f"rewardtune {__version__}\n")
 
 
@@ -167,7 +169,9 @@ def test_bad_input_is_one_paragraph_with_its_code(run, folder, words, code, said
     assert out == ""
     assert "Traceback" not in err
     assert "\x1b" not in err
-    assert sorted(path for path in folder.rglob("*") if "__pycache__" not in str(path)) == before  # nothing half-written
+    assert (
+        sorted(path for path in folder.rglob("*") if "__pycache__" not in str(path)) == before
+    )  # nothing half-written
 
 
 def test_traceback_shows_where(run):
@@ -252,7 +256,7 @@ def test_the_schema_is_json(run):
     assert json.loads(out)["discriminator"]["propertyName"] == "task"
 
 
-# ---------------------------------------------------------------------------------------------------- commands that work
+# -------------------------------------------------------------------------------------------------- commands that work
 
 
 def test_plugin_rewards_are_listed_shown_and_tested(run):
@@ -277,7 +281,9 @@ def test_plugin_rewards_are_listed_shown_and_tested(run):
 def test_a_reward_that_breaks_the_contract_exits_1(run, folder):
     from rewardtune import registry
 
-    text = PLUGIN.replace("brightness", "centred").replace(".mean(dim=(1, 2, 3)))", ".mean(dim=(1, 2, 3)) - images.mean())")
+    text = PLUGIN.replace("brightness", "centred").replace(
+        ".mean(dim=(1, 2, 3)))", ".mean(dim=(1, 2, 3)) - images.mean())"
+    )
     (folder / "centred.py").write_text(text)
     code, out, err = run("rewards", "test", "centred", "--plugin", "centred.py")
     assert code == 1

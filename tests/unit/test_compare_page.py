@@ -181,7 +181,7 @@ def test_without_a_judge_there_is_a_page_and_no_verdict(tmp_path: Path) -> None:
 
 
 def test_one_seed_has_no_diversity_within(tmp_path: Path) -> None:
-    document, html = build(tmp_path, seeds=1)
+    document, _ = build(tmp_path, seeds=1)
     assert document["diversity_details"]["tuned"]["within"] is None
     assert any("One seed a prompt" in w for w in document["warnings"])
 

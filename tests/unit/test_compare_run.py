@@ -54,7 +54,16 @@ class Bright(Red):
         return Score(images.mean(dim=(1, 2, 3)) * 4)
 
 
-for _reward in (Red, Bright):
+class Green(Red):
+    """Mean green, with an option."""
+
+    card = RewardCard(name="run-green", summary="", differentiable=True, needs_prompt=False, range=(0.0, 1.0))
+
+    class Config(Options):  # type: ignore[no-redef]
+        weight: float = 1.0
+
+
+for _reward in (Red, Bright, Green):
     registry.rewards.register(_reward.card.name, _reward)
 
 PROMPTS = ["a dog", "two cats on a red background", "a bee above a bus"]
@@ -109,7 +118,8 @@ def tiny_pipeline() -> Any:
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     vae = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4, norm_num_groups=4, sample_size=16, scaling_factor=1.0, shift_factor=0.0,
     )  # fmt: skip
     return ZImagePipeline(
@@ -169,11 +179,16 @@ def test_sides_share_noise_and_differ_by_the_lora(report: Any) -> None:
     records = {s: json.loads((report.folder / "images" / s / "sampling.json").read_text()) for s in ("base", "demo")}
     assert records["base"]["images"] == records["demo"]["images"]
     assert [image["seed"] for image in records["base"]["images"]] == list(seeds.values())
-    same = [
-        np.array_equal(pixels(report.folder / "images" / "base" / i["file"]), pixels(report.folder / "images" / "demo" / i["file"]))
-        for i in records["base"]["images"]
-    ]  # fmt: skip
-    assert not any(same)
+    images = report.folder / "images"
+    for image in records["base"]["images"]:
+        assert not np.array_equal(pixels(images / "base" / image["file"]), pixels(images / "demo" / image["file"]))
+
+
+def test_the_order_of_sides_changes_no_image(world: Path, report: Any, tmp_path: Path) -> None:
+    turned = compare([world / "runs" / "demo", "base"], out=tmp_path)
+    assert turned.document["reference"] == "base" and turned.document["pairs"] == report.document["pairs"]
+    for file in report.folder.glob("images/*/*.png"):
+        assert (tmp_path / file.relative_to(report.folder)).read_bytes() == file.read_bytes(), file
 
 
 def test_a_plain_diffusers_script_draws_the_very_images(report: Any) -> None:
@@ -307,14 +322,25 @@ def test_mistakes_cost_no_image(world: Path, tmp_path: Path) -> None:
 
 def test_choice_of_rewards_and_judge() -> None:
     red, bright = RewardSection(name="run-red"), RewardSection(name="run-bright")
-    assert choose_rewards([red, bright], [], None)[1] == "run-bright", "held out by its card"
-    assert choose_rewards([red], [], None)[1] == "run-red"
-    assert choose_rewards([red], [red], None) == ({"run-red": red}, None), "a trained reward never judges by itself"
-    assert choose_rewards([bright], [red], "run-red")[1] == "run-red", "unless it is named"
-    sections, judge = choose_rewards([red], [], "run-bright")
-    assert list(sections) == ["run-bright", "run-red"] and judge == "run-bright"
-    other = RewardSection(name="run-red", options={"x": 1})
-    assert list(choose_rewards([red, other, red], [], None)[0]) == ["run-red", "run-red:x=1"]
+    assert choose_rewards([red, bright], [], None).judge == "run-bright", "held out by its card"
+    assert choose_rewards([red], [], None).judge == "run-red"
+    alone = choose_rewards([red], [red], None)
+    assert (dict(alone.rewards), alone.trained, alone.judge) == ({"run-red": red}, {"run-red"}, None)
+    assert choose_rewards([bright], [red], "run-red").judge == "run-red", "a trained reward judges only if named"
+    panel = choose_rewards([red], [], "run-bright")
+    assert list(panel.rewards) == ["run-red", "run-bright"] and panel.judge == "run-bright"
+
+
+def test_a_reward_is_scored_once_however_its_options_are_written() -> None:
+    plain = RewardSection(name="run-green")
+    spelled = RewardSection(name="run-green", options={"weight": 1.0})
+    other = RewardSection(name="run-green", options={"weight": 2.0})
+    panel = choose_rewards([plain, other], [spelled], None)
+    assert list(panel.rewards) == ["run-green", "run-green:weight=2.0"]
+    assert panel.trained == {"run-green"}, "the other settings were not trained on"
+    assert panel.judge is None, "yet it is too close to judge unasked"
+    with pytest.raises(RecipeError, match="wieght"):
+        choose_rewards([RewardSection(name="run-green", options={"wieght": 1})], [], None)
 
 
 def test_tie_bands() -> None:

@@ -18,7 +18,7 @@ def transformer() -> nn.Module:
     torch.manual_seed(0)
     model = ZImageTransformer2DModel(
         in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
-        axes_dims=[8, 4, 4], axes_lens=[32, 16, 16],
+        axes_dims=[8, 4, 4], axes_lens=[128, 16, 16],
     )  # fmt: skip
     # Layers that start at zero would hide what the adapters do.
     for parameter in model.parameters():

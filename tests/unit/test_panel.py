@@ -86,6 +86,16 @@ def test_a_smear_beside_the_objects_hardly_counts() -> None:
     assert min(seen) == 0.0 and max(seen) > 0.5
 
 
+def test_a_cut_counts_where_it_breaks_an_object() -> None:
+    scene = Scene((Group("ball"),), "white", boxes=(Box(32, 32, 40, 0),))
+    rng = random.Random(0)
+    through = [panel.apply_fault(render(scene), "shear_halves", 0.8, rng)[1].seen for _ in range(20)]
+    assert min(through) == 1.0, "every cut between 18 and 46 goes through the ball"
+    apart = Scene((Group("ball"),), "white", boxes=(Box(8, 8, 14, 0),))
+    beside = [panel.apply_fault(render(apart), "shear_halves", 0.8, rng)[1].seen for _ in range(20)]
+    assert max(beside) == 0.0, "no cut reaches it"
+
+
 def test_ratings_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     opinion = panel.Opinion({"alignment": 2.0, "realism": 4.0, "aesthetics": 5.0, "plausibility": 5.0})
     member = panel.Annotator("x", (0.1, 0.0, -0.4, 0.0), 0.0, 1.2, 0.25, (2.0, 1.0, 1.0, 0.0), 0.0)
@@ -245,7 +255,7 @@ def test_annotated_files_are_valid_records(tmp_path: Path) -> None:
     rows = []
     for i, scene in enumerate(scenes):
         render(scene).save(samples / f"{i}.png")
-        rows.append({"image": f"{i}.png", "prompt": scene.caption, "facts": scene.facts()})
+        rows.append({"image": f"{i}.png", "prompt": scene.caption, "facts": scene.facts(), "stage": 750})
     (samples / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     options = ["--samples", str(tmp_path / "samples"), *_sizes(6, 2, 4)]
     _annotate(tmp_path / "a", *options)
@@ -262,7 +272,7 @@ def test_annotated_files_are_valid_records(tmp_path: Path) -> None:
         for image in group.images:
             assert dict(image.scores) == panel.aggregate(image.annotations, trimmed=True)
     made = [json.loads(line) for line in (tmp_path / "a" / "pictures.jsonl").read_text().splitlines()]
-    assert [row["image"].split("/")[1] for row in made if row["source"] == "sample stage-1"] == [
+    assert [row["image"].split("/")[1] for row in made if row["source"] == "sample 750"] == [
         "train", "train", "heldout"
     ]  # fmt: skip
     choices = read_records(tmp_path / "a" / "preferences.jsonl")

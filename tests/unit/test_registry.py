@@ -1,4 +1,4 @@
-"""Names and classes: built-in tables, packages with entry points, --plugin files; clashes, refusals, broken plug-ins."""
+"""Names and classes: built-in tables, packages with entry points, --plugin; clashes, refusals, broken ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import rewardtune
 from rewardtune import registry
 from rewardtune.errors import PluginError
 from rewardtune.registry import Registry, load_plugin, loaded_plugins

@@ -129,6 +129,17 @@ def test_another_recipe_is_refused_with_a_diff(tmp_path: Path) -> None:
     assert json.loads((folder / "recipe.json").read_text())["recipe"]["train"]["seed"] == 0
 
 
+def test_a_setting_that_came_later_is_no_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run.train_recipe(tiny.tiny_recipe(), out=tmp_path / "a")
+    record = json.loads((folder / "recipe.json").read_text())
+    del record["recipe"]["train"]["max_grad_norm"]
+    (folder / "recipe.json").write_text(json.dumps(record))
+    run.train_recipe(tiny.tiny_recipe(), out=folder)
+    assert "is finished" in capsys.readouterr().err
+    with pytest.raises(RecipeError, match=r"train\.max_grad_norm: 1.0 -> 2.0"):
+        run.train_recipe(tiny.tiny_recipe(train={"max_grad_norm": 2.0}), out=folder)
+
+
 def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
     constant = {"optimizer": {"lr": 0.01}}
     whole = run.train_recipe(tiny.tiny_recipe(train={"steps": 16}, **constant), out=tmp_path / "whole")

@@ -38,7 +38,7 @@ def test_one_process_is_its_own_group() -> None:
 def test_attention_that_does_not_load_is_one_line_and_native(capsys: pytest.CaptureFixture[str]) -> None:
     model: Any = ZImageTransformer2DModel(
         in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
-        axes_dims=[8, 4, 4], axes_lens=[32, 16, 16],
+        axes_dims=[8, 4, 4], axes_lens=[128, 16, 16],
     ).eval()  # fmt: skip
     inputs = ([torch.ones(4, 1, 8, 8)], torch.tensor([0.5]), [torch.ones(5, 16)])
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Net win rates and clustered intervals against numbers worked out by hand, and the interval's coverage by simulation."""
+"""Net win rates and clustered intervals against numbers worked out by hand; the interval's coverage by simulation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_sign_test_by_hand() -> None:
 
 
 def test_wilson_by_hand() -> None:
-    # Wilson (1927): centre (p + z^2/2n) / (1 + z^2/n), half width z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n); p=0.8, n=10
+    # Wilson (1927): centre (p + z^2/2n) / (1 + z^2/n), half width z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n)
     z, p, n = 1.959963984540054, 0.8, 10
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)

@@ -1,0 +1,142 @@
+"""Every built-in task, on tiny models of the real classes: stopping after every step changes nothing, to the bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import runpy
+import socket
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from rewardtune.images import to_pil
+
+HERE = Path(__file__).parent
+PLUGIN = """
+from rewardtune import register_reward
+from rewardtune.plugins import Options, RewardCard
+
+@register_reward("redness")
+class Redness:
+    card = RewardCard("redness", "red minus blue", differentiable=True, needs_prompt=False, range=(-1, 1))
+
+    class Config(Options):
+        pass
+
+    @classmethod
+    def load(cls, config, *, device):
+        return cls()
+
+    def score(self, images, prompts):
+        from rewardtune.types import Score
+
+        return Score((images[:, 0] - images[:, 2]).mean((1, 2)))
+"""
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def recipes(root: Path) -> dict[str, Any]:
+    """A recipe for each task and method; 3 steps of 4 samples."""
+    load(HERE.parent / "tiny.py").z_image().save_pretrained(root / "pipeline")
+    load(HERE / "test_scorer.py").write_scorer(root / "scorer", layers=["linear_attention", "full_attention"])
+    rows, records = [], []
+    for index, picture in enumerate(to_pil(torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)))):
+        picture.save(root / f"{index}.png")
+        rows.append({"image": f"{index}.png", "caption": ["a dog", "red cat", "two birds"][index % 3]})
+        scores = dict.fromkeys(["alignment", "realism", "aesthetics", "plausibility"], 1.0 + index / 2)
+        records.append({"id": str(index), "prompt": "a dog", "image": f"{index}.png", "scores": scores})
+    (root / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (root / "prompts.txt").write_text("a dog\nred cat\ntwo birds\n")
+    train = {"steps": 3, "batch_size": 4, "device": "cpu"}
+    optimizer = {"lr": 0.01, "schedule": "cosine", "warmup_steps": 1}
+    common = {"train": train, "optimizer": optimizer, "pipeline": {"model": str(root / "pipeline")}}
+    direct = {
+        **common, "task": "direct_reward", "lora": {"rank": 2}, "data": {"prompts": str(root / "prompts.txt")},
+        "rollout": {"steps": 3, "guidance_scale": 2.0}, "rewards": [{"name": "redness"}],
+    }  # fmt: skip
+    return {
+        "sft-lora": {
+            **common, "task": "sft", "lora": {"rank": 2}, "data": {"manifest": str(root / "manifest.jsonl")},
+        },
+        "sft-full": {
+            **common, "task": "sft", "full": {"modules": ["transformer", "text_encoder"]},
+            "data": {"manifest": str(root / "manifest.jsonl"), "cache_latents": False},
+            "train": {**train, "accumulation": 2, "ema_decay": 0.9, "gradient_checkpointing": True},
+        },
+        "draft": {**direct, "gradient": {"method": "draft", "last_steps": 2, "memory": "fast"}},
+        "draft-flat-bf16": {
+            **direct, "gradient": {"method": "draft", "last_steps": "all", "memory": "flat"},
+            "train": {**train, "precision": "bf16"},
+        },
+        "refl": {**direct, "gradient": {"method": "refl", "earliest": 0.3}},
+        "reward-sft": {
+            "task": "reward_sft", "scorer": {"model": str(root / "scorer")}, "train": train, "optimizer": optimizer,
+            "data": {"records": str(root / "records.jsonl")},
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """What real_tasks.py finds, by number of processes."""
+    root = tmp_path_factory.mktemp("tasks")
+    (root / "plugin.py").write_text(PLUGIN)
+    asked = {"RECIPES": recipes(root), "PLUGIN": str(root / "plugin.py")}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rewardtune.build", "rewardtune.train", "accelerate"])
+    processes = []
+    for world in (1, 2):
+        for rank in range(world):
+            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            env = {"OMP_NUM_THREADS": 1} | (group if world > 1 else {})
+            place = {"ROOT": str(root / f"runs{world}"), "RESULT": str(root / f"result-{world}-{rank}.json")}
+            given = {**asked, **place, "ENV": {name: str(value) for name, value in env.items()}}
+            process = context.Process(
+                target=runpy.run_path, args=(str(HERE / "real_tasks.py"),),
+                kwargs={"init_globals": given, "run_name": "__main__"},
+                daemon=True,
+            )  # fmt: skip
+            process.start()
+            processes.append(process)
+    for process in processes:
+        process.join(240)
+        assert process.exitcode == 0, [path.read_text() for path in root.glob("result-*.json")]
+    return {world: json.loads((root / f"result-{world}-0.json").read_text()) for world in (1, 2)}
+
+
+CASES = ["sft-lora", "sft-full", "draft", "draft-flat-bf16", "refl", "reward-sft"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_a_stop_after_every_step_changes_nothing(results: dict[int, Any], case: str, processes: int) -> None:
+    found = results[processes][case]
+    assert found["equal"] and found["lines_equal"]
+    assert [line["step"] for line in found["lines"]] == [1, 2, 3]
+    assert all(line["skipped"] == 0 and line["grad_norm"] > 0 for line in found["lines"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_the_losses_of_one(results: dict[int, Any], case: str) -> None:
+    one, two = (results[world][case]["lines"] for world in (1, 2))
+    # bf16 rounds batches of other sizes differently.
+    tolerance = 2e-2 if "bf16" in case else 1e-5
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=tolerance), a["step"]
