@@ -1,4 +1,4 @@
-"""Families of text-to-image pipelines. To add one: write `pipelines/<family>.py` after `plugins.Pipeline`, add a row."""
+"""Families of text-to-image pipelines. To add one: `pipelines/<family>.py` after `plugins.Pipeline`, and a row here."""
 
 TABLE = {
     "z_image": "rewardtune.pipelines.z_image:ZImage",

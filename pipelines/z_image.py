@@ -37,6 +37,7 @@ class ZImage:
 
     @classmethod
     def matches(cls, model_index: Mapping[str, Any]) -> bool:
+        """_class_name is ZImagePipeline."""
         return model_index.get("_class_name") == "ZImagePipeline"
 
     @classmethod
@@ -56,7 +57,15 @@ class ZImage:
         self.image_size = (1024, 1024) if side in (None, 32) else (side, side)
         self.trainable = {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}
         self.lora_targets = {
-            "transformer": ["to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"],
+            "transformer": [
+                "to_q",
+                "to_k",
+                "to_v",
+                "to_out.0",
+                "feed_forward.w1",
+                "feed_forward.w2",
+                "feed_forward.w3",
+            ],
             "text_encoder": ["q_proj", "k_proj", "v_proj", "o_proj"],
         }
 
@@ -99,9 +108,7 @@ class ZImage:
             config.get("max_shift", 1.15),
         )
         sigmas = get_default_z_image_sigmas(num_steps)
-        timesteps, _ = retrieve_timesteps(
-            scheduler, num_steps, self.pipe.transformer.device, sigmas=sigmas, mu=mu
-        )
+        timesteps, _ = retrieve_timesteps(scheduler, num_steps, self.pipe.transformer.device, sigmas=sigmas, mu=mu)
         scheduler.set_begin_index(0)
         return scheduler, timesteps
 
@@ -135,7 +142,8 @@ class ZImage:
         vae = self.pipe.vae
         with torch.no_grad():
             latents: Tensor = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode()
-        return (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
+        shift, scale = float(vae.config.shift_factor), float(vae.config.scaling_factor)
+        return (latents.float() - shift) * scale
 
     def _velocity(self, latents: Tensor, time: Tensor, embeddings: list[Tensor]) -> Tensor:
         import torch

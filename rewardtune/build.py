@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from rewardtune import export, gradients, lora, objective, registry
+from rewardtune import export, gradients, lora, objective, registry, runtime
 from rewardtune.data import read_captioned_images, read_prompts
-from rewardtune.errors import RecipeError
+from rewardtune.errors import PluginError, RecipeError
 from rewardtune.plugins import Guidance, Pipeline
 from rewardtune.randomness import generator
 from rewardtune.recipe import (
@@ -88,6 +89,7 @@ def load_pipeline(section: PipelineSection, *, device: str) -> Pipeline:
         raise RecipeError(f"pipeline.options do not fit the family {name!r}: {wrong}") from error
     pipeline: Pipeline = plugin.load(path, config, revision=section.revision, dtype=torch.float32, device=device)
     pipeline.pipe.set_progress_bar_config(disable=True)
+    runtime.set_attention(list(pipeline.trainable.values()), section.attention)
     for component in pipeline.pipe.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
@@ -98,8 +100,10 @@ def find_family(path: str, revision: str | None) -> str:
     """The family that recognises a checkpoint's `model_index.json`."""
     index = read_model_index(path, revision)
     for name in registry.pipelines.names():
-        if registry.pipelines.load_class(name).matches(index):
-            return name
+        # a broken plug-in of somebody else must not hide a family that fits
+        with suppress(PluginError):
+            if registry.pipelines.load_class(name).matches(index):
+                return name
     raise RecipeError(
         f"{path} is a {index.get('_class_name', 'unknown pipeline')}, which no family here recognises "
         f"({', '.join(registry.pipelines.names())}). Name one with pipeline.family if it works alike."
@@ -130,6 +134,12 @@ def read_model_index(path: str, revision: str | None) -> Mapping[str, Any]:
 def build_term(section: RewardSection, *, device: str) -> Term:
     """One reward of an objective."""
     reward = load_reward(section.name, device=device, **section.options)
+    unknown = sorted(set(section.dimensions or ()) - set(reward.card.dimensions))
+    if unknown:
+        raise RecipeError(
+            f"reward {section.name!r} has no dimension {', '.join(unknown)}; "
+            f"it has: {', '.join(reward.card.dimensions) or 'none, so leave `dimensions:` out'}."
+        )
     if section.statistic is None:
         return Term(reward, section.weight, dimensions=section.dimensions)
     settings = section.statistic.model_dump(exclude={"kind"})
@@ -151,8 +161,9 @@ def _trainable(pipeline: Pipeline, recipe: SftRecipe | DirectRewardRecipe) -> di
         loadable = pipeline.pipe._lora_loadable_modules
         if not set(modules) <= set(loadable):
             raise RecipeError(
-                f"diffusers loads adapters of {', '.join(loadable)} for the family {pipeline.family!r}, so lora.modules "
-                f"{list(modules)} could not be used afterwards. Leave the others out, or train them with `full:`."
+                f"diffusers loads adapters of {', '.join(loadable)} for the family {pipeline.family!r}, so "
+                f"lora.modules {list(modules)} could not be used afterwards. Leave the others out, or train them with "
+                "`full:`."
             )
         targets = {name: recipe.lora.targets or pipeline.lora_targets[name] for name in modules}
         rank = recipe.lora.rank
@@ -162,8 +173,10 @@ def _trainable(pipeline: Pipeline, recipe: SftRecipe | DirectRewardRecipe) -> di
             module.requires_grad_(True)
     if recipe.train.gradient_checkpointing:
         for module in modules.values():
-            enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
-            enable()
+            # diffusers' models and transformers' models name it differently
+            model: Any = module
+            diffusers_name = getattr(module, "enable_gradient_checkpointing", None)
+            (diffusers_name or model.gradient_checkpointing_enable)()
             module.train()
     return modules
 
@@ -179,9 +192,7 @@ def _sampler(pipeline: Pipeline, section: SampleSection) -> Callable[[], Tensor 
     return samples
 
 
-def _exporter(
-    pipeline: Pipeline, recipe: SftRecipe | DirectRewardRecipe
-) -> Callable[[Path, Mapping[str, str]], None]:
+def _exporter(pipeline: Pipeline, recipe: SftRecipe | DirectRewardRecipe) -> Callable[[Path, Mapping[str, str]], None]:
     def run(folder: Path, provenance: Mapping[str, str]) -> None:
         if recipe.lora is not None:
             export.lora(pipeline, recipe.lora.modules, folder, provenance, base=recipe.pipeline.model)

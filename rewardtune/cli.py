@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -242,19 +242,12 @@ def export(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where to; the run's export/ by default.")
     ] = None,
-    format: Annotated[
-        Literal["diffusers", "comfyui"], typer.Option("--format", help="Whose names the tensors carry.")
-    ] = "diffusers",
-    merge: Annotated[bool, typer.Option("--merge", help="Write the whole pipeline, adapters added in.")] = False,
-    push: Annotated[
-        str | None, typer.Option("--push", metavar="REPO", help="Then upload to this hub repository, private if new.")
-    ] = None,
 ) -> None:
     """Write a run's newest weights for other tools, with card and metadata; reloads them before it is done."""
     with quiet_stdout():
-        from rewardtune.export import export_run
+        from rewardtune.run import export_run
 
-        folder = export_run(run, out=out, format=format, merge=merge, push=push)
+        folder = export_run(run, out=out)
     show(str(folder))
 
 

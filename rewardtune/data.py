@@ -91,19 +91,19 @@ class FileSummary:
 
     def describe(self) -> str:
         """One line for people."""
-        parts = [f"{self.rows:,} rows", f"{self.prompts:,} different prompts"]
+        parts = [_count(self.rows, "row"), _count(self.prompts, "different prompt")]
         if self.groups:
-            parts.append(f"{self.groups:,} groups")
+            parts.append(_count(self.groups, "group"))
         if self.images:
-            parts.append(f"{self.images:,} images")
+            parts.append(_count(self.images, "image"))
         if self.dimensions:
             low, high = self.annotators
             parts.append("scores on " + ", ".join(self.dimensions))
             parts.append("aggregate scores only" if high == 0 else f"{low} to {high} annotators")
         if self.preferences:
-            parts.append(f"{self.preferences:,} stated preferences")
+            parts.append(_count(self.preferences, "stated preference"))
         if self.critiques:
-            parts.append(f"{self.critiques:,} critiques")
+            parts.append(_count(self.critiques, "critique"))
         if self.unused_columns:
             parts.append("not read: " + ", ".join(self.unused_columns))
         return f"{self.path}: {self.kind}: " + "; ".join(parts)
@@ -244,6 +244,10 @@ def _locate(source: str | Path) -> Path:
     if not path.is_file():
         raise DataError(f"{path}: not a regular file.")
     return path
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

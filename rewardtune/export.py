@@ -29,8 +29,8 @@ def lora(pipeline: Pipeline, modules: Sequence[str], folder: Path, provenance: M
 
     layers: dict[str, Any] = {}
     for name in modules:
-        module = pipeline.trainable[name]
-        config = module.peft_config["default"].to_dict()  # type: ignore[union-attr,operator]
+        module: Any = pipeline.trainable[name]
+        config = module.peft_config["default"].to_dict()
         scale = config["lora_alpha"] / config["r"]
         state = get_peft_model_state_dict(module)
         layers[f"{name}_lora_layers"] = {
@@ -87,7 +87,9 @@ def _assert_same(name: str, left: nn.Module, right: nn.Module) -> None:
     other = right.state_dict()
     different = [k for k, v in left.state_dict().items() if not torch.equal(v.cpu(), other[k].to(v.dtype).cpu())]
     if different:
-        raise CheckFailed(f"the exported {name} does not reload equal: {len(different)} tensors differ ({different[0]})")
+        raise CheckFailed(
+            f"the exported {name} does not reload equal: {len(different)} tensors differ ({different[0]})"
+        )
 
 
 def _flat(provenance: Mapping[str, str], base: str) -> dict[str, str]:

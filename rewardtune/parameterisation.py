@@ -21,9 +21,9 @@ def is_flow(scheduler: Any) -> bool:
 def clean_estimate(scheduler: Any, i: int, timestep: Tensor, latents: Tensor, prediction: Tensor) -> Tensor:
     """x0 from one prediction at step i (flow: x - sigma v; epsilon: DDIM Eq. 9; v: arXiv 2202.00512 Eq. 11)."""
     if is_flow(scheduler):
-        sigma = scheduler.sigmas[i].to(latents)
+        sigma: Tensor = scheduler.sigmas[i].to(latents)
         return latents - sigma * prediction
-    alpha_bar = scheduler.alphas_cumprod.to(latents)[timestep.long()]
+    alpha_bar: Tensor = scheduler.alphas_cumprod.to(latents)[timestep.long()]
     if scheduler.config.prediction_type == "epsilon":
         return (latents - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt()
     if scheduler.config.prediction_type == "v_prediction":
@@ -33,9 +33,7 @@ def clean_estimate(scheduler: Any, i: int, timestep: Tensor, latents: Tensor, pr
     raise RecipeError(_unknown(scheduler))
 
 
-def training_pair(
-    scheduler: Any, clean: Tensor, noise: Tensor, density: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def training_pair(scheduler: Any, clean: Tensor, noise: Tensor, density: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(noisy latents, timesteps, target) for the denoising loss, as in diffusers' training scripts.
 
     clean, noise: (B, ...). density: (B,) numbers in [0, 1) that pick each sample's timestep.

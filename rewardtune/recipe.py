@@ -307,12 +307,11 @@ class DirectRewardRecipe(_Recipe):
 
     @model_validator(mode="after")
     def _one_way(self) -> DirectRewardRecipe:
-        if isinstance(self.gradient, DraftSection) and isinstance(self.gradient.last_steps, int):
-            if self.gradient.last_steps > self.rollout.steps:
-                raise ValueError(
-                    f"gradient.last_steps {self.gradient.last_steps} exceeds rollout.steps {self.rollout.steps}; "
-                    "write `all` for the full chain"
-                )
+        last = self.gradient.last_steps if isinstance(self.gradient, DraftSection) else "all"
+        if last != "all" and last > self.rollout.steps:
+            raise ValueError(
+                f"gradient.last_steps {last} exceeds rollout.steps {self.rollout.steps}; write `all` for the full chain"
+            )
         return _adapters_or_full(self)
 
 

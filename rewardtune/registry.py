@@ -10,10 +10,12 @@ import ast
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,8 +53,10 @@ class Registry:
         self._decorated: dict[str, list[Registration]] = {}
 
     def names(self) -> list[str]:
-        """Every name there is, sorted; imports no plug-in."""
-        return sorted({*self._table(), *self._decorated, *(point.name for point in self._entry_points())})
+        """Every name there is, built-in ones first, then by name; imports no plug-in."""
+        table = self._table()
+        names = {*table, *self._decorated, *(point.name for point in self._entry_points())}
+        return sorted(names, key=lambda name: (name not in table, name))
 
     def registrations(self, name: str) -> list[Registration]:
         """All claims on a name. Two different ones are an error only when the class is asked for."""
@@ -135,10 +139,8 @@ class Registry:
             ) from error
         return table
 
-    def _entry_points(self) -> Iterable[Any]:
-        from importlib.metadata import entry_points
-
-        return entry_points(group=self.package)
+    def _entry_points(self) -> tuple[Any, ...]:
+        return _entry_points(self.package, tuple((folder, _changed(folder)) for folder in sys.path))
 
     def _clash(self, name: str, found: list[Registration]) -> str:
         claims = " and by ".join(str(claim) for claim in found)
@@ -191,6 +193,21 @@ def _decorator(registry: Registry, name: str) -> Callable[[C], C]:
         return cls
 
     return decorate
+
+
+@lru_cache(maxsize=8)
+def _entry_points(group: str, folders: tuple[tuple[str, int], ...]) -> tuple[Any, ...]:
+    """Entry points of a group. Finding them reads every installed package, so `folders` says when to look again."""
+    from importlib.metadata import entry_points
+
+    return tuple(entry_points(group=group))
+
+
+def _changed(folder: str) -> int:
+    try:
+        return os.stat(folder or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 @dataclass(frozen=True)

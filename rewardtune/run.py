@@ -71,6 +71,58 @@ def train_recipe(
     return folder
 
 
+def export_run(run: str | Path, *, out: str | Path | None = None) -> Path:
+    """Export a run's newest checkpoint, finished or not, to `out` (or the run's export/), and return the folder.
+
+    Raises RecipeError when the folder is no run or holds no checkpoint, CheckFailed when the export does not reload.
+    """
+    import json
+
+    from pydantic import TypeAdapter
+
+    from rewardtune import checkpoint as checkpoints
+    from rewardtune import run_folder, runtime
+    from rewardtune.build import build_task
+    from rewardtune.recipe import Recipe
+    from rewardtune.state import build_state
+
+    folder = Path(run)
+    record = folder / "recipe.json"
+    saved = checkpoints.newest(folder / "checkpoints", clean=False) if record.is_file() else None
+    if saved is None:
+        raise RecipeError(
+            f"{folder} is not a run folder with a checkpoint (recipe.json and checkpoints/ are looked for). Give the "
+            "folder that `rewardtune train` printed."
+        )
+    recipe: Recipe = TypeAdapter(Recipe).validate_python(json.loads(record.read_text())["recipe"])
+    where = runtime.start(device=recipe.train.device, precision=recipe.train.precision)
+    task = build_task(recipe, device=str(where.device))
+    state = build_state(task, train=recipe.train, optimizer=recipe.optimizer)
+    state.load(saved)
+    target = Path(out) if out is not None else folder / "export"
+    _export(task, state, target, run_folder.provenance(folder, step=state.step))
+    return target
+
+
+def _export(task: Task, state: State, target: Path, provenance: dict[str, str]) -> None:
+    """Export beside `target`, then put it in its place: a former export is replaced only by a whole one."""
+    temporary = target.parent / f".tmp-{target.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        with state.averaged():
+            task.export(temporary, provenance)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    except OSError as error:
+        raise DiskError(
+            f"the export could not be written to {target} ({error}). The last checkpoint is whole: free some disk "
+            "space and run the same command again."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any, run_id: str) -> None:
     """Build, train, evaluate, export."""
     from rewardtune.train import train
@@ -124,25 +176,15 @@ def _finish(task: Task, state: State, *, folder: Path, where: Runtime) -> dict[s
 
     with evaluating(task, state, where):
         evaluation = dict(task.evaluate())
-    temporary, target = folder / ".tmp-export", folder / "export"
-    shutil.rmtree(temporary, ignore_errors=True)
+    _export(task, state, folder / "export", run_folder.provenance(folder, step=state.step))
     try:
-        temporary.mkdir()
-        with state.averaged():
-            task.export(temporary, run_folder.provenance(folder, step=state.step))
-        # A former export, of fewer steps, is replaced only by a whole one.
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
         write_json(
             folder / run_folder.FINISHED, {"step": state.step, "skipped": state.skipped, "evaluation": evaluation}
         )
     except OSError as error:
         raise DiskError(
-            f"the export could not be written to {target} ({error}). The last checkpoint is whole: free some disk "
-            "space and run the same command again."
+            f"{folder} cannot be written any more ({error}). Free some disk space and run again."
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return evaluation
 
 

@@ -170,12 +170,15 @@ def _check_pipeline(model: str, data: Mapping[str, Any]) -> list[Mistake]:
         index = json.loads(index_file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         return [Mistake(loc, f"{index_file} cannot be read: {error}")]
+    if not isinstance(index, dict):
+        return [Mistake(loc, f"{index_file} is not the index of a diffusers pipeline")]
     if value_at(data, ("pipeline", "family")) is not None:
         return []  # the join check has looked at it
     for name in registry.pipelines.names():
-        if registry.pipelines.trouble(name):
-            continue
-        plugin: Any = registry.pipelines.load_class(name)
+        try:
+            plugin: Any = registry.pipelines.load_class(name)
+        except PluginError:
+            continue  # somebody else's broken family is not this recipe's mistake; `doctor` tells of it
         if plugin.matches(index):
             return _check_options(("pipeline", "options"), value_at(data, ("pipeline", "options")), plugin.Config)
     return [

@@ -12,8 +12,9 @@ def z_image(seed: int = 0):
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
     torch.manual_seed(seed)
-    words = ["<pad>", "<unk>", *"a dog red cat on the left of two birds and one very long prompt".split()]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
+    text = "a dog red cat on the left of two birds and one very long prompt"
+    words = ["<pad>", "<unk>", *sorted(set(text.split()))]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
     tokenizer.chat_template = "{% for m in messages %}a {{ m['content'] }}{% endfor %}"

@@ -1,7 +1,7 @@
 """Sample the pocket pipeline at several stages of its training: pictures for the simulated annotators to rate.
 
-Run by `make pocket` between the SFT run and `annotate.py`. Each prompt gets four pictures from random stages, so a group
-mixes good and bad ones. Writes PNGs and samples.jsonl (image, prompt, facts, split, stage).
+Run by `make pocket` between the SFT run and `annotate.py`. Each prompt gets four pictures from random stages, so a
+group mixes good and bad ones. Writes PNGs and samples.jsonl (image, prompt, facts, split, stage).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import random
 from pathlib import Path
 
 import torch
+from rewardtune.pipelines.z_image import ZImage
 from safetensors.torch import load_file
 
 from rewardtune.images import to_pil
-from rewardtune.pipelines.z_image import ZImage
 from rewardtune.plugins import Guidance
 from rewardtune.pocket.scenes import sample_scene
 from rewardtune.randomness import generator

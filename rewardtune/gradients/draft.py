@@ -12,7 +12,12 @@ from rewardtune.rollout import Chain
 
 
 def draft(
-    chain: Chain, noise: Tensor, rng: random.Random, *, last_steps: int | Literal["all"], memory: Literal["fast", "flat"]
+    chain: Chain,
+    noise: Tensor,
+    rng: random.Random,
+    *,
+    last_steps: int | Literal["all"],
+    memory: Literal["fast", "flat"],
 ) -> Tensor:
     """`flat` keeps only the latents between steps and recomputes each step on the way back."""
     total = len(chain)

@@ -144,7 +144,7 @@ def misread(scene: Scene, rng: random.Random) -> Scene:
         else:
             return misread(scene, rng)
     elif kind == "size":
-        groups[i] = replace(groups[i], size=rng.choice(sorted({"small", "large"} - {groups[i].size})))
+        groups[i] = replace(groups[i], size="large" if groups[i].size == "small" else "small")
     elif kind == "background":
         return replace(scene, background=rng.choice(sorted(set(BACKGROUNDS) - {scene.background})))
     elif kind == "missing":

@@ -20,7 +20,7 @@ from PIL import Image
 
 from rewardtune.pocket import eye
 from rewardtune.pocket.faults import FAULTS
-from rewardtune.pocket.scenes import BACKGROUNDS, CONCEPTS, Scene, tints_of
+from rewardtune.pocket.scenes import BACKGROUNDS, CONCEPTS, Scene
 
 DIMENSIONS = ("alignment", "realism", "aesthetics", "plausibility")
 Fact = Mapping[str, Any]
@@ -291,9 +291,8 @@ def _complaint(fact: Fact, facts: Sequence[Fact], objects: Sequence[_Object], ba
     if kind == "object":
         return f"the {noun} {verb} missing"
     if kind == "count":
-        return f"there {'is' if len(mine) == 1 else 'are'} {len(mine)} {CONCEPTS[concept][len(mine) != 1]}" \
-               f", not {fact['count']}" if concept in CONCEPTS and len(mine) != 1 else \
-               f"there is 1 {concept}, not {fact['count']}"  # fmt: skip
+        have = f"is 1 {concept}" if len(mine) == 1 else f"are {len(mine)} {CONCEPTS[concept][1]}"
+        return f"there {have}, not {fact['count']}"
     if kind == "colour":
         found = next((o.tint for o in mine if o.tint != fact["tint"]), None)
         wanted = fact["tint"] or ("in their own colours" if many else "in its own colours")
@@ -411,6 +410,7 @@ _HINGES: dict[str, tuple[float, tuple[tuple[int, tuple[float, ...]], ...]]] = {
     "gone": (0.0, ((1, (0.02, 0.06, 0.12, 0.25)),)),
     "double": (0.0, ((1, (0.03, 0.1, 0.25)),)),
     "halo": (0.0, ((1, (0.01, 0.03, 0.08)),)),
+    "unknown": (0.0, ((1, (0.05, 0.2, 0.4, 0.7)),)),
     "patchy": (0.0, ((1, (0.1, 0.2, 0.35)),)),
 }
 
@@ -443,7 +443,3 @@ def _seen_flaws(measures: Mapping[str, float], values: Mapping[str, float]) -> t
     if min(values[d] for d in DIMENSIONS[1:]) > 4.4:
         return ()
     return tuple(_FLAW_WORDS[n][s > 0.7] for s, n in worst)
-
-
-__all__ = ["DIMENSIONS", "PANEL", "Annotator", "Fault", "Opinion", "aggregate", "apply_fault", "critique",
-           "judge_picture", "judge_recipe", "judge_view", "rate", "tints_of"]  # fmt: skip

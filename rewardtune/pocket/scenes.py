@@ -63,11 +63,13 @@ TINTS: dict[str, tuple[int, int, int]] = {
 
 # Tints that would not show: the artwork has that colour already, or is too dark to take one.
 NATURAL: dict[str, frozenset[str]] = {
-    "red": frozenset("ladybug crab rose leaf apple strawberry cherry bicycle balloon phone heart drum car book shoe "
-                     "scissors guitar".split()),
-    "green": frozenset("frog turtle cactus tree palm clover pear corn tractor duck".split()),
-    "blue": frozenset("butterfly whale anchor gem robot castle rocket".split()),
-    "purple": frozenset("octopus grape umbrella unicorn".split()),
+    "red": frozenset([
+        "ladybug", "crab", "rose", "leaf", "apple", "strawberry", "cherry", "bicycle", "balloon", "phone", "heart",
+        "drum", "car", "book", "shoe", "scissors", "guitar",
+    ]),
+    "green": frozenset(["frog", "turtle", "cactus", "tree", "palm", "clover", "pear", "corn", "tractor", "duck"]),
+    "blue": frozenset(["butterfly", "whale", "anchor", "gem", "robot", "castle", "rocket"]),
+    "purple": frozenset(["octopus", "grape", "umbrella", "unicorn"]),
 }  # fmt: skip
 DARK = frozenset({"bomb", "hat", "camera"})
 
@@ -183,7 +185,7 @@ def _draw(rng: random.Random) -> Scene:
     background, wording = rng.choice(sorted(BACKGROUNDS)), int(rng.random() < 0.25)
     if kind == "one":
         size = rng.choice(["small", "large", None])
-        return Scene((Group(names[0], tints[0], size=size), ), background, wording=wording)  # type: ignore[arg-type]
+        return Scene((Group(names[0], tints[0], size=size),), background, wording=wording)  # type: ignore[arg-type]
     if kind == "many":
         return Scene((Group(names[0], tints[0], rng.choice([2, 3])),), background, wording=wording)
     relation = rng.choice(sorted(RELATIONS))

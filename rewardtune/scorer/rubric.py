@@ -74,8 +74,9 @@ class Reading:
     """A rubric in the ids of one tokenizer.
 
     before, between, after: ids of the template around image and prompt; `after` ends with the reads.
-    lead: white space before the prompt, which byte-pair vocabularies keep with the word that follows. image_first: whether the image stands before the prompt. positions: one per dimension, counted from the end of the
-    sequence (-1 is the last). level_ids: one token per level.
+    lead: white space before the prompt, which byte-pair vocabularies keep with the word that follows. image_first:
+    whether the image stands before the prompt. positions: one per dimension, counted from the end of the sequence (-1
+    is the last). level_ids: one token per level.
     """
 
     before: tuple[int, ...]

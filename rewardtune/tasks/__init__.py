@@ -19,7 +19,7 @@ class Task(Protocol):
     """
 
     trainable: Mapping[str, nn.Module]
-    """Modules that hold the trained parameters (requires_grad=True) beside frozen ones; keys name them in checkpoints."""
+    """Modules that hold the trained parameters (requires_grad) beside frozen ones; keys name them in checkpoints."""
 
     def batch(self, step: int, indices: Sequence[int]) -> Any:
         """Collect, without gradient, the samples with these global indices (step * global batch + position)."""

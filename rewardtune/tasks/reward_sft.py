@@ -199,10 +199,10 @@ def _plain_copy(scorer: Scorer) -> nn.Module:
 
     model: Any = scorer.model
     added: dict[str, Tensor] = {}
+    layer: Any
     for path, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer):
-            delta: Any = layer.get_delta_weight
-            added[f"{path}.base_layer.weight"] = delta(lora.ADAPTER)
+            added[f"{path}.base_layer.weight"] = layer.get_delta_weight(lora.ADAPTER)
     state = {}
     for name, tensor in model.state_dict().items():
         if ".lora_" not in name:

@@ -48,7 +48,12 @@ class Sft:
         export: Callable[[Path, Mapping[str, str]], None],
     ) -> None:
         self.pipeline, self.trainable, self.rows = pipeline, trainable, rows
-        self.size, self.caption_dropout, self.timestep_density, self.seed = size, caption_dropout, timestep_density, seed
+        self.size, self.caption_dropout, self.timestep_density, self.seed = (
+            size,
+            caption_dropout,
+            timestep_density,
+            seed,
+        )
         self.samples, self.export = samples, export
         self._cache = self._encode_all() if cache_latents else None
 
@@ -59,7 +64,9 @@ class Sft:
             "" if choice(self.seed, "sft/dropout", i).random() < self.caption_dropout else self.rows[row].caption
             for i, row in zip(indices, order, strict=True)
         ]
-        noise = torch.stack([torch.randn(clean.shape[1:], generator=generator(self.seed, "sft/noise", i)) for i in indices])
+        noise = torch.stack(
+            [torch.randn(clean.shape[1:], generator=generator(self.seed, "sft/noise", i)) for i in indices]
+        )
         draws = density(self.timestep_density, [generator(self.seed, "sft/timestep", i) for i in indices])
         return Batch(clean, captions, noise.to(clean), draws.to(clean.device))
 

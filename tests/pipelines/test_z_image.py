@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from rewardtune.pipelines.z_image import ZImage
 
 from rewardtune.parameterisation import training_pair
-from rewardtune.pipelines.z_image import ZImage
 from rewardtune.plugins import Guidance
 from rewardtune.rollout import Chain, sample
 
@@ -135,7 +135,9 @@ def test_sft_loss_equals_the_training_formula_of_diffusers(pipe):
     off = Guidance(mode="off")
     conditioning = adapter.encode(PROMPTS, off)
     prediction = adapter.predict(noisy, timesteps, conditioning, off)
-    raw = pipe.transformer(list(noisy.unsqueeze(2)), (1000 - timesteps) / 1000, conditioning.positive, return_dict=False)
+    raw = pipe.transformer(
+        list(noisy.unsqueeze(2)), (1000 - timesteps) / 1000, conditioning.positive, return_dict=False
+    )
     assert torch.allclose(prediction, -torch.stack(raw[0]).squeeze(2), atol=1e-6)
 
 

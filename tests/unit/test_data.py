@@ -296,7 +296,7 @@ def test_bad_records_are_reported_together(write: Write) -> None:
         (_row(image="images/fox2.png", critique=""), "`critique` is empty"),
         (_row(image="images/fox2.png", annotations={"realism": 3}), "expected a list"),
         (_row(image="images/fox2.png", annotations=[{"realism": 9, "alignment": 1}]), "`annotations[0].realism` is 9"),
-        (_row(image="images/fox2.png", metadata=[1]), "`metadata`: expected an object"),
+        (_row(image="images/wall.jpg", metadata=[1]), "`metadata`: expected an object"),
         (_row(group="h", scores=...), "neither scores nor preferences"),
     ]
     found = _mistakes(read_records, write(_row(), *(row for row, _ in bad)))
@@ -400,7 +400,8 @@ def test_validate_tells_what_it_cannot_place(write: Write) -> None:
 def test_validate_names_columns_that_nobody_reads(write: Write) -> None:
     summary = validate_file(write(_row(date="2026-01-01")))
     assert summary.unused_columns == ("date",) and "not read: date" in summary.describe()
-    assert "1 rows" in summary.describe() and "aggregate scores only" in summary.describe()
+    text = summary.describe()
+    assert "1 row; 1 different prompt; 1 group; 1 image; scores on" in text and "aggregate scores only" in text
 
 
 def test_validate_needs_no_torch(write: Write) -> None:

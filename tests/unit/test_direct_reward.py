@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from rewardtune.pipelines.z_image import ZImage
 
 from rewardtune import export, gradients, lora
-from rewardtune.pipelines.z_image import ZImage
 from rewardtune.plugins import Guidance, RewardCard
 from rewardtune.rollout import Chain
 from rewardtune.scoring import RewardSet, Term
@@ -117,5 +117,7 @@ def test_exported_adapters_load_in_diffusers_to_the_same_image(tmp_path):
     assert torch.allclose(export.probe(ZImage(fresh)), export.probe(adapter), atol=1e-5)
     assert not torch.allclose(export.probe(ZImage(fresh)), untouched, atol=1e-3)
     keys = load_file(folder / export.LORA_FILE)
-    assert all(k.startswith("transformer.") and (k.endswith("lora_A.weight") or k.endswith("lora_B.weight")) for k in keys)
+    assert all(
+        k.startswith("transformer.") and (k.endswith("lora_A.weight") or k.endswith("lora_B.weight")) for k in keys
+    )
     assert "pipe.load_lora_weights" in (folder / "README.md").read_text()

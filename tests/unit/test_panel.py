@@ -139,7 +139,7 @@ def test_critiques_name_what_is_wrong() -> None:
 
 
 def test_the_eye_shares_no_code_with_the_judge() -> None:
-    for name in ("eye.py", "panel.py"):
+    for name in ("eye.py", "flaws.py", "panel.py"):
         tree = ast.parse((ROOT / "rewardtune" / "pocket" / name).read_text(encoding="utf-8"))
         modules = {getattr(n, "module", None) or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
         names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names}

@@ -354,4 +354,3 @@ def test_answers_become_labels_and_labels_agreement(tmp_path: Path, monkeypatch:
     assert report["whole pictures"]["agreement"] == 0.5
     # Wilson: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) with p = 0.9, n = 10, z = 1.95996
     assert compare.share([True] * 9 + [False])["ci95"] == [0.5958, 0.9821]
-

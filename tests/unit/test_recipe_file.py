@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rewardtune.errors import DataError, RecipeError
 from rewardtune.recipe import DraftSection
@@ -363,3 +367,102 @@ def test_the_schema_refuses_unknown_keys_and_knows_every_section():
     assert set(schema["discriminator"]["mapping"]) == {"sft", "direct_reward", "reward_sft"}
     assert all(section["additionalProperties"] is False for section in sections.values())
     assert all(section.get("description") for section in sections.values())
+
+
+# ----------------------------------------------------------------------------------------------------- local pipelines
+
+
+def local_pipeline(folder: Path, class_name: str) -> Path:
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": class_name}))
+    return folder
+
+
+def test_a_local_pipelines_family_is_recognised_and_its_options_checked(recipe, tmp_path):
+    local_pipeline(tmp_path / "known", "ZImagePipeline")
+    assert load_recipe(recipe(), ["pipeline.model=./known"], files=True)
+    said = mistakes_of(recipe(), "pipeline.model=./known", "pipeline.options={max_length: 3}")
+    assert "key 'max_length' unknown in pipeline.options; did you mean 'max_sequence_length'?" in said
+
+
+def test_a_local_pipeline_of_no_family_is_refused(recipe, tmp_path):
+    local_pipeline(tmp_path / "strange", "KolorsPipeline")
+    said = mistakes_of(recipe(), "pipeline.model=./strange")
+    assert "is a KolorsPipeline, which no family recognises" in said
+    assert "z_image" in said
+    (tmp_path / "strange" / "model_index.json").write_text("{")
+    assert "cannot be read" in mistakes_of(recipe(), "pipeline.model=./strange")
+
+
+def test_somebody_elses_broken_family_stops_nobody(recipe, tmp_path, monkeypatch):
+    info = tmp_path / "site" / "broken-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[rewardtune.pipelines]\na_broken = broken_family:Family\n")
+    (tmp_path / "site" / "broken_family.py").write_text("raise RuntimeError('no')\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    local_pipeline(tmp_path / "known", "ZImagePipeline")
+    assert load_recipe(recipe(), ["pipeline.model=./known"], files=True)
+    local_pipeline(tmp_path / "strange", "KolorsPipeline")
+    assert "which no family recognises" in mistakes_of(recipe(), "pipeline.model=./strange")
+
+
+# -------------------------------------------------------------------------------------------------------------- fuzzing
+
+
+WORDS = [
+    "task",
+    "sft",
+    "direct_reward",
+    "reward_sft",
+    "name",
+    "zreward",
+    "options",
+    "model",
+    "steps",
+    "rewards",
+    "kind",
+]
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**20), 10**20),
+    st.floats(),
+    st.sampled_from(WORDS),
+    st.text(max_size=8),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.one_of(st.sampled_from(WORDS), SCALARS), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+SECTIONS = st.sampled_from(
+    [
+        "task",
+        "pipeline",
+        "lora",
+        "full",
+        "data",
+        "rollout",
+        "gradient",
+        "rewards",
+        "train",
+        "compare",
+        "samples",
+        "scorer",
+    ]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(changes=st.dictionaries(SECTIONS, VALUES, min_size=1, max_size=3), override=st.text(max_size=12))
+def test_whatever_a_recipe_holds_the_answer_is_a_recipe_or_a_sentence(tmp_path_factory, changes, override):
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(GOOD), **changes}, allow_unicode=True), encoding="utf-8")
+    for overrides in ((), [override], [f"rewards.0.{override}=1"]):
+        try:
+            load_recipe(path, overrides, files=True)
+        except (RecipeError, DataError) as error:
+            assert str(error)

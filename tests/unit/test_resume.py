@@ -16,6 +16,9 @@ import torch
 
 from rewardtune.images import to_pil
 
+# Seconds on an idle machine; other work on it must not fail this.
+pytestmark = pytest.mark.timeout(900)
+
 HERE = Path(__file__).parent
 PLUGIN = """
 from rewardtune import register_reward
@@ -56,7 +59,7 @@ def recipes(root: Path) -> dict[str, Any]:
         picture.save(root / f"{index}.png")
         rows.append({"image": f"{index}.png", "caption": ["a dog", "red cat", "two birds"][index % 3]})
         scores = dict.fromkeys(["alignment", "realism", "aesthetics", "plausibility"], 1.0 + index / 2)
-        records.append({"id": str(index), "prompt": "a dog", "image": f"{index}.png", "scores": scores})
+        records.append({"group": str(index // 2), "prompt": "a dog", "image": f"{index}.png", "scores": scores})
     (root / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (root / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (root / "prompts.txt").write_text("a dog\nred cat\ntwo birds\n")
@@ -65,22 +68,19 @@ def recipes(root: Path) -> dict[str, Any]:
     common = {"train": train, "optimizer": optimizer, "pipeline": {"model": str(root / "pipeline")}}
     direct = {
         **common, "task": "direct_reward", "lora": {"rank": 2}, "data": {"prompts": str(root / "prompts.txt")},
-        "rollout": {"steps": 3, "guidance_scale": 2.0}, "rewards": [{"name": "redness"}],
+        "rollout": {"steps": 2, "guidance_scale": 2.0}, "rewards": [{"name": "redness"}],
     }  # fmt: skip
     return {
-        "sft-lora": {
+        "sft-lora-bf16": {
             **common, "task": "sft", "lora": {"rank": 2}, "data": {"manifest": str(root / "manifest.jsonl")},
+            "train": {**train, "precision": "bf16"},
         },
         "sft-full": {
             **common, "task": "sft", "full": {"modules": ["transformer", "text_encoder"]},
             "data": {"manifest": str(root / "manifest.jsonl"), "cache_latents": False},
             "train": {**train, "accumulation": 2, "ema_decay": 0.9, "gradient_checkpointing": True},
         },
-        "draft": {**direct, "gradient": {"method": "draft", "last_steps": 2, "memory": "fast"}},
-        "draft-flat-bf16": {
-            **direct, "gradient": {"method": "draft", "last_steps": "all", "memory": "flat"},
-            "train": {**train, "precision": "bf16"},
-        },
+        "draft": {**direct, "gradient": {"method": "draft", "last_steps": "all", "memory": "flat"}},
         "refl": {**direct, "gradient": {"method": "refl", "earliest": 0.3}},
         "reward-sft": {
             "task": "reward_sft", "scorer": {"model": str(root / "scorer")}, "train": train, "optimizer": optimizer,
@@ -116,12 +116,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
             process.start()
             processes.append(process)
     for process in processes:
-        process.join(240)
+        process.join(800)
         assert process.exitcode == 0, [path.read_text() for path in root.glob("result-*.json")]
     return {world: json.loads((root / f"result-{world}-0.json").read_text()) for world in (1, 2)}
 
 
-CASES = ["sft-lora", "sft-full", "draft", "draft-flat-bf16", "refl", "reward-sft"]
+CASES = ["sft-lora-bf16", "sft-full", "draft", "refl", "reward-sft"]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

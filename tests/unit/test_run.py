@@ -21,6 +21,9 @@ from rewardtune import run
 from rewardtune.errors import DiskError, NonFiniteError, RecipeError
 from rewardtune.track import read_metrics
 
+# Seconds on an idle machine; other work on it must not fail this.
+pytestmark = pytest.mark.timeout(900)
+
 SCRIPT = Path(__file__).with_name("tiny_task.py")
 _spec = importlib.util.spec_from_file_location("tiny_task", SCRIPT)
 assert _spec and _spec.loader
@@ -207,7 +210,7 @@ def start(folder: Path, **job: Any) -> BaseProcess:
 
 
 def end(process: BaseProcess) -> int | None:
-    process.join(120)
+    process.join(300)
     return process.exitcode
 
 
