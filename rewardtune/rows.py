@@ -158,8 +158,8 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
     try:
-        import pyarrow  # type: ignore[import-untyped]
-        import pyarrow.parquet  # type: ignore[import-untyped]
+        import pyarrow
+        import pyarrow.parquet
     except ImportError:
         raise MissingExtra(f"{path}: reading Parquet needs pyarrow: pip install 'rewardtune[parquet]'") from None
     try:

@@ -66,7 +66,7 @@ def prepare(
             "or use --fresh to move it aside."
         )
     if old is not None:
-        changes = _changes({**old["recipe"], "plugins": old["plugins"]}, {**resolved, "plugins": hashes})
+        changes = _changes({**_completed(old["recipe"]), "plugins": old["plugins"]}, {**resolved, "plugins": hashes})
         refused = [key for key in changes if not any(key == a or key.startswith(f"{a}.") for a in _split(allow))]
         if refused:
             lines = "\n".join(f"  {key}: {changes[key][0]} -> {changes[key][1]}" for key in refused)

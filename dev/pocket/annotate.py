@@ -68,7 +68,8 @@ def scene_of(facts: Sequence[panel.Fact]) -> Scene:
 
 def make_render(asked: Scene, kind: str, rng: random.Random) -> Picture:
     """A render that answers the caption of `asked`, in one of the ways that `KINDS` names."""
-    drawn = misread(asked, rng) if "misread" in kind else place(asked, rng)
+    placed = place(asked, rng)
+    drawn = misread(placed, rng) if "misread" in kind else placed
     picture = Picture(kind, render(drawn), drawn)
     if "faulty" in kind:
         for name in rng.sample(sorted(FAULTS), rng.choices([1, 2], [3, 1])[0]):

@@ -33,6 +33,7 @@ class Case:
     faults: tuple[panel.Fault, ...]
     view: eye.View
     truth: panel.Opinion
+    wreck: bool = False
 
 
 def make_case(rng: random.Random) -> Case:
@@ -43,7 +44,8 @@ def make_case(rng: random.Random) -> Case:
     asked = sample_scene(rng, "train")
     drawn = misread(asked, rng) if rng.random() < 0.5 else asked
     plan = [(n, rng.random()) for n in rng.sample(sorted(FAULTS), rng.choices([0, 1, 2, 3], [1, 5, 3, 1])[0])]
-    if rng.random() < 1 / 6:
+    wreck = rng.random() < 1 / 6
+    if wreck:
         drawn = sample_scene(rng, "train") if rng.random() < 0.5 else asked
         names = ["wobble", *rng.choices(["wobble", "smear", "ghosting"], k=2), *rng.choices(["blur", "grain"], k=1)]
         plan = [(n, rng.uniform(0.6, 1.0) if n not in ("blur", "grain") else rng.uniform(0.0, 0.4)) for n in names]
@@ -52,7 +54,7 @@ def make_case(rng: random.Random) -> Case:
         picture, fault = panel.apply_fault(picture, name, severity, rng)
         faults.append(fault)
     view = eye.look(picture, asked.facts())
-    return Case(asked, drawn, tuple(faults), view, panel.judge_recipe(asked, drawn, faults))
+    return Case(asked, drawn, tuple(faults), view, panel.judge_recipe(asked, drawn, faults), wreck)
 
 
 def fit_logistic(inputs: list[tuple[float, ...]], labels: list[bool]) -> list[float]:
@@ -92,12 +94,16 @@ def fit_facts(cases: list[Case]) -> dict[str, list[float]]:
 
 
 def fit_quality(cases: list[Case]) -> dict[str, dict[str, object]]:
-    """Weights, none negative, from the hinges of the eye's measures to each dimension's loss of points."""
+    """Weights, none negative, from the hinges of the eye's measures to each dimension's loss of points.
+
+    Wrecks count twice: one scale must serve them and pictures with small flaws, of which there are more.
+    """
     inputs = np.array([panel.hinges(case.view.measures) for case in cases])
-    design = np.c_[inputs, np.ones(len(inputs))]
+    weight = np.sqrt([2.0 if case.wreck else 1.0 for case in cases])
+    design = np.c_[inputs, np.ones(len(inputs))] * weight[:, None]
     out: dict[str, dict[str, object]] = {}
     for name in panel.DIMENSIONS[1:]:
-        weights, _ = nnls(design, np.array([5.0 - case.truth.values[name] for case in cases]))
+        weights, _ = nnls(design, weight * np.array([5.0 - case.truth.values[name] for case in cases]))
         rounded = [round(float(w), 4) for w in weights]
         out[name] = {"weights": rounded[:-1], "offset": rounded[-1]}
     return out

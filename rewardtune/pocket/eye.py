@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from scipy import ndimage  # type: ignore[import-untyped]
+from scipy import ndimage
 from torch.nn import functional
 
 from rewardtune.pocket.flaws import measure
@@ -80,7 +80,7 @@ def look(picture: Image.Image, facts: Sequence[Mapping[str, Any]]) -> View:
 # ---------------------------------------------------------------------------------------------------------- templates
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Bank:
     """Artwork at one scale. `paint` (N, 3, W, W) is colour times coverage, `cover` (N, 1, W, W); `window` the cover
     widened by the ring; N runs over (concept, tint)."""
@@ -123,24 +123,25 @@ def _bank(side: int, smooth: float) -> _Bank:
     return _Bank(tuple(names), stack[:, :3].contiguous(), cover, window, rows, side, width)
 
 
-def _against(bank: _Bank, rows: slice | list[int], colour: Array) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Templates as differences from a background colour, (N, 3, W, W), with their windows and norms (N,)."""
-    tone = torch.from_numpy(colour).view(1, 3, 1, 1)
-    template = bank.paint[rows] - bank.cover[rows] * tone
-    return template, bank.window[rows], template.flatten(1).norm(dim=1)
+@functools.cache
+def _against(bank: _Bank, background: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A bank's templates as differences from a background of the world, (N, 3, W, W), and their norms (N,)."""
+    tone = torch.tensor(BACKGROUNDS[background], dtype=torch.float32).view(1, 3, 1, 1) / 255.0
+    template = bank.paint - bank.cover * tone
+    return template, template.flatten(1).norm(dim=1)
 
 
 class _Scene:
-    """One picture without its background, and the fine templates as differences from that background."""
+    """One picture without its background, and the fine templates for the background that it stands for."""
 
-    def __init__(self, difference: Array, colour: Array) -> None:
-        self.difference, self.colour = difference, colour
+    def __init__(self, difference: Array, background: str) -> None:
+        self.difference, self.background = difference, background
         self.image = torch.from_numpy(difference.transpose(2, 0, 1).copy())[None]
         smooth = ndimage.gaussian_filter(difference, (0.6, 0.6, 0))
         self.smooth = torch.from_numpy(smooth.transpose(2, 0, 1).copy())[None]
         self.bank = _bank(FINE, 0.7)
-        template, window, norm = _against(self.bank, slice(0, len(self.bank.names)), colour)
-        self.template, self.window, self.square = template.flatten(1), window.flatten(1), norm.square()
+        template, norm = _against(self.bank, background)
+        self.template, self.window, self.square = template.flatten(1), self.bank.window.flatten(1), norm.square()
 
 
 # ------------------------------------------------------------------------------------------------------------- search
@@ -164,15 +165,15 @@ def _background(pixels: Array) -> tuple[Array, Array]:
     return ground.clip(0, 1).astype(np.float32), plane[0].clip(0, 1).astype(np.float32)
 
 
-def _unshifted(colour: Array, claimed: Sequence[str]) -> Array:
-    """The colour of the world that a background stands for: a colour cast shifts objects and background alike, so
+def _unshifted(colour: Array, claimed: Sequence[str]) -> str:
+    """The background of the world that a colour stands for: a colour cast shifts objects and background alike, so
     that differences are those from the unshifted colour."""
     world = {name: np.array(rgb, np.float32) / 255.0 for name, rgb in BACKGROUNDS.items()}
     nearest = min(world, key=lambda name: float(np.linalg.norm(world[name] - colour)))
     if np.linalg.norm(world[nearest] - colour) > 0.08:
         close = [name for name in claimed if np.linalg.norm(world[name] - colour) < 0.45]
         nearest = close[0] if close else nearest
-    return world[nearest]
+    return nearest
 
 
 def _search(scene: _Scene, concepts: Sequence[str], number: int) -> tuple[Sight, ...]:
@@ -180,7 +181,8 @@ def _search(scene: _Scene, concepts: Sequence[str], number: int) -> tuple[Sight,
     bank = _bank(COARSE, 0.5)
     index = [i for c in concepts for i in range(*bank.rows[c].indices(len(bank.names)))]
     owner = np.concatenate([[k] * (bank.rows[c].stop - bank.rows[c].start) for k, c in enumerate(concepts)])
-    template, window, norm = _against(bank, index, scene.colour)
+    template, norm = (t[index] for t in _against(bank, scene.background))
+    window = bank.window[index]
     firsts = [int(np.argmax(owner == k)) for k in range(len(concepts))]
     candidates: list[tuple[float, int, float, float, float]] = []
     for side in SIDES_ONE if number == 1 else SIDES_MANY:

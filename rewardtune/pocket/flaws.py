@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from scipy import ndimage  # type: ignore[import-untyped]
+from scipy import ndimage
 from torch.nn import functional
 
 from rewardtune.pocket.scenes import BACKGROUNDS, SIZE, sprite
@@ -92,7 +92,8 @@ def _deformation(difference: Array, wanted: Array, cover: Array, sights: Sequenc
     model = model * gain.clip(0.15, 1.3)
     picture, target = (torch.from_numpy(a.transpose(2, 0, 1).astype(np.float32).copy()) for a in (soft, model))
     moved, broken = _flow(picture, target, sights, 1, 3, 9)
-    torn, gone = _flow(*(functional.avg_pool2d(a, 2) for a in (picture, target)), sights, 2, 4, 5)
+    coarse, coarse_target = functional.avg_pool2d(picture, 2), functional.avg_pool2d(target, 2)
+    torn, gone = _flow(coarse, coarse_target, sights, 2, 4, 5)
     ring = ndimage.binary_dilation(cover > 0.02, iterations=7) & ~ndimage.binary_dilation(cover > 0.02, iterations=2)
     far = ~ndimage.binary_dilation(cover > 0.02, iterations=8)
     halo = max(0.0, _rms(soft[ring]) - (_rms(soft[far]) if far.sum() > 60 else 0.0))

@@ -71,7 +71,8 @@ class _Residual(nn.Module):
         self.body = nn.Sequential(_Conv(width, width, fused=fused), _Conv(width, width, fused=fused))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+        change: Tensor = self.body(x)
+        return x + change
 
 
 class Oracle(nn.Module):
@@ -130,7 +131,10 @@ def fuse(model: Oracle) -> Oracle:
     state: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, _Conv) and isinstance(module[1], nn.BatchNorm2d):
-            conv = nn.utils.fuse_conv_bn_eval(module[0].eval(), module[1].eval())
+            convolution, norm = module[0], module[1]
+            assert isinstance(convolution, nn.Conv2d)
+            conv = nn.utils.fuse_conv_bn_eval(convolution.eval(), norm.eval())
+            assert conv.bias is not None
             state |= {f"{name}.0.weight": conv.weight, f"{name}.0.bias": conv.bias}
     own = model.state_dict()
     state |= {key: own[key] for key in fused.state_dict() if key not in state}
@@ -220,14 +224,14 @@ def _holds(reading: Reading, fact: Mapping[str, Any]) -> bool:
             case "object":
                 return bool(instances(fact["concept"]))
             case "count":
-                return len(instances(fact["concept"])) == fact["count"]
+                return bool(len(instances(fact["concept"])) == fact["count"])
             case "colour":
                 them = instances(fact["concept"])
                 return bool(them) and all(o.tint == fact["tint"] for o in them)
             case "size":
                 them = instances(fact["concept"])
-                fits = {"small": lambda side: side < SMALL, "large": lambda side: side > LARGE}[fact["size"]]
-                return bool(them) and all(fits(o.side) for o in them)
+                small = {"small": True, "large": False}[fact["size"]]
+                return bool(them) and all(o.side < SMALL if small else o.side > LARGE for o in them)
             case "relation":
                 first, second = instances(fact["first"]), instances(fact["second"])
                 if not first or not second:

@@ -199,9 +199,9 @@ def _plain_copy(scorer: Scorer) -> nn.Module:
 
     model: Any = scorer.model
     added: dict[str, Tensor] = {}
-    layer: Any
-    for path, layer in model.named_modules():
-        if isinstance(layer, BaseTunerLayer):
+    for path, module in model.named_modules():
+        layer: Any = module
+        if isinstance(module, BaseTunerLayer):
             added[f"{path}.base_layer.weight"] = layer.get_delta_weight(lora.ADAPTER)
     state = {}
     for name, tensor in model.state_dict().items():

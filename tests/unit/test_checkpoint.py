@@ -94,7 +94,9 @@ def test_damage_is_found_and_the_one_before_is_used(
     if damage == "flip":
         # In the manifest, hit the digest of a file: a bit of white space there changes nothing.
         data[data.index(b'sha256"') + 20 if file == "manifest.json" else len(data) // 2] ^= 1
-    victim.write_bytes({"flip": bytes(data), "truncate": bytes(data[:-1]), "empty": b"", "delete": b""}[damage])
+    victim.write_bytes(
+        {"flip": bytes(data), "truncate": bytes(data[: len(data) // 2]), "empty": b"", "delete": b""}[damage]
+    )
     if damage == "delete":
         victim.unlink()
     found = checkpoint.newest(tmp_path)
