@@ -158,8 +158,8 @@ tags: [rewardtune]
 A `Qwen3_5ForConditionalGeneration` of {report["parameters"] / 1e6:.1f} M parameters (bfloat16), with Qwen3.5's
 tokenizer class on a vocabulary of one token a word. It stands in for a pretrained vision-language model: it was
 trained from nothing on rendered scenes of the pocket world's training split (64 x 64 pixels, clean, softened, or with
-one drawing fault) to name what covers each patch, to caption, to say whether a claimed caption fits and which claim does not, and
-to name the fault. It has never seen a score: `task: reward_sft` teaches it those.
+one drawing fault) to name what covers each patch, to caption, to say whether a claimed caption fits and which claim
+does not, and to name the fault. It has never seen a score: `task: reward_sft` teaches it those.
 
 How: `python dev/pocket/pretrain_scorer.py`, {report["see_steps"]:,} steps of the vision tower alone, then
 {report["steps"]:,} steps of everything, {report["batch"]} pictures a step, seed {report["seed"]};

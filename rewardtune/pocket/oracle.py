@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -149,7 +149,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> Oracle:
         config = json.loads((folder / "config.json").read_text())
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"pocket-oracle: {folder} cannot be read ({error}); rebuild it with `make pocket`.") from error
     model = Oracle(config["names"], widths=config["widths"], fused=True)
     try:

@@ -213,7 +213,7 @@ class _Object:
     side: float
 
 
-def _of(facts: Sequence[Fact], objects: Sequence[_Object], concept: str) -> list[_Object]:
+def _of(objects: Sequence[_Object], concept: str) -> list[_Object]:
     return [o for o in objects if o.concept == concept]
 
 
@@ -223,11 +223,11 @@ def _holds(fact: Fact, facts: Sequence[Fact], objects: Sequence[_Object], backgr
     if kind == "background":
         return bool(fact["background"] == background)
     if kind == "relation":
-        first, second = (_of(facts, objects, fact[k]) for k in ("first", "second"))
+        first, second = (_of(objects, fact[k]) for k in ("first", "second"))
         if not first or not second:
             return None
         return _distance(fact["relation"], first, second) > RELATION_MARGIN
-    mine = _of(facts, objects, fact["concept"])
+    mine = _of(objects, fact["concept"])
     if kind == "object":
         return bool(mine)
     if not mine:
@@ -277,17 +277,16 @@ def _alignment(facts: Sequence[Fact], evidence: Sequence[float], objects: Sequen
 
 def _complaint(fact: Fact, facts: Sequence[Fact], objects: Sequence[_Object], background: str) -> str:
     kind = fact["kind"]
+    many = {f["concept"] for f in facts if f["kind"] == "count" and f["count"] > 1}
     if kind == "background":
         return f"the background is {background}, not {fact['background']}"
+    concept = fact["first" if kind == "relation" else "concept"]
+    noun, verb = (CONCEPTS[concept][1], "are") if concept in many else (concept, "is")
     if kind == "relation":
         words = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
-        return f"the {fact['first']} is not {words[fact['relation']]} the {fact['second']}"
-    concept = fact["concept"]
-    counts = {f["concept"]: f["count"] for f in facts if f["kind"] == "count"}
-    many = counts.get(concept, 1) > 1
-    noun = CONCEPTS[concept][1] if many else concept
-    verb = "are" if many else "is"
-    mine = _of(facts, objects, concept)
+        other = CONCEPTS[fact["second"]][1] if fact["second"] in many else fact["second"]
+        return f"the {noun} {verb} not {words[fact['relation']]} the {other}"
+    mine = _of(objects, concept)
     if kind == "object":
         return f"the {noun} {verb} missing"
     if kind == "count":
@@ -295,7 +294,7 @@ def _complaint(fact: Fact, facts: Sequence[Fact], objects: Sequence[_Object], ba
         return f"there {have}, not {fact['count']}"
     if kind == "colour":
         found = next((o.tint for o in mine if o.tint != fact["tint"]), None)
-        wanted = fact["tint"] or ("in their own colours" if many else "in its own colours")
+        wanted = fact["tint"] or ("in their own colours" if concept in many else "in its own colours")
         if found is None:
             return f"the {noun} {verb} not {wanted}"
         return f"the {noun} {verb} {found}, not {wanted}"
@@ -347,7 +346,7 @@ def read_view(view: eye.View, facts: Sequence[Fact]) -> tuple[list[float], list[
             other = min(d for n, d in distances.items() if n != fact["background"])
             evidence.append(_logistic(w["background"], (other - distances[fact["background"]]) / 100.0))
         elif kind == "relation":
-            first, second = (_of(facts, objects, fact[k]) for k in ("first", "second"))
+            first, second = (_of(objects, fact[k]) for k in ("first", "second"))
             gap = _distance(fact["relation"], first, second) if first and second else 0.0
             evidence.append(1 / (1 + math.exp(-(gap - RELATION_MARGIN) / 2.0)))
         else:
