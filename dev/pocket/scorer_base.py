@@ -126,6 +126,7 @@ def export(model: Qwen3_5ForConditionalGeneration, tokenizer: Qwen3_5Tokenizer, 
     copy = Qwen3_5ForConditionalGeneration(model.config)
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
     vision = model.config.vision_config
     Qwen2VLImageProcessorPil(
