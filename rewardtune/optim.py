@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,11 +12,61 @@ from torch import Tensor, nn
 
 from rewardtune.errors import MissingExtra, RecipeError
 
-NAMES = ("adamw", "adamw8bit", "prodigy")
+NAMES = ("adamw", "adamw8bit", "muon", "prodigy")
+_IN_A_BLOCK = re.compile(r"\.\d+\..+\.")
+"""A weight inside a numbered block (`layers.3.attention.to_q.weight`), not an embedding, a first or a last layer."""
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the matrices of repeated blocks, AdamW for all other parameters, as one optimiser.
+
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of a matrix; its
+    author leaves embeddings, first and last layers and vectors to AdamW. Both take the same `lr` and `weight_decay`,
+    since Muon's update is scaled to the RMS of AdamW's (arXiv 2502.16982, section 2.2). The arithmetic is torch's.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        eps: float,
+    ) -> None:
+        matrices = [p for n, p in parameters.items() if p.ndim == 2 and _IN_A_BLOCK.search(n)]
+        known = {id(p) for p in matrices}
+        others = [p for p in parameters.values() if id(p) not in known]
+        shared: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, **shared, adjust_lr_fn="match_rms_adamw"))
+        if others:
+            self.parts.append(torch.optim.AdamW(others, **shared, betas=betas, eps=eps))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let both parts work on this optimiser's own groups and state, which schedules and checkpoints see."""
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
 
 
 def build(
-    parameters: Iterable[nn.Parameter],
+    parameters: Mapping[str, nn.Parameter],
     *,
     name: str,
     lr: float,
@@ -23,22 +74,28 @@ def build(
     weight_decay: float,
     eps: float,
 ) -> torch.optim.Optimizer:
-    """The optimiser called `name`. Raises MissingExtra when its package is not installed, RecipeError when unknown."""
+    """The optimiser called `name` for parameters by their full names.
+
+    Raises MissingExtra when its package is not installed, RecipeError when it is unknown.
+    """
+    weights = list(parameters.values())
     settings: dict[str, Any] = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps}
     if name == "adamw":
-        return torch.optim.AdamW(parameters, **settings)
+        return torch.optim.AdamW(weights, **settings)
     if name == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise MissingExtra("optimizer.name adamw8bit needs bitsandbytes: pip install bitsandbytes.") from error
-        return AdamW8bit(parameters, **settings)  # type: ignore[no-any-return]
+        return AdamW8bit(weights, **settings)  # type: ignore[no-any-return]
+    if name == "muon":
+        return Muon(parameters, **settings)
     if name == "prodigy":
         try:
             from prodigyopt import Prodigy
         except ImportError as error:
             raise MissingExtra("optimizer.name prodigy needs prodigyopt: pip install prodigyopt.") from error
-        return Prodigy(parameters, **settings)  # type: ignore[no-any-return]
+        return Prodigy(weights, **settings)  # type: ignore[no-any-return]
     raise RecipeError(f"optimizer.name {name!r} is unknown; there are: {', '.join(NAMES)}.")
 
 

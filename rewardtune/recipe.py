@@ -180,7 +180,7 @@ class OptimizerSection(Section):
     """Optimiser and learning-rate schedule."""
 
     name: str = "adamw"
-    """adamw, or by name if installed: adamw8bit (bitsandbytes), prodigy (prodigyopt)."""
+    """adamw, muon (for the matrices of blocks), or if installed: adamw8bit (bitsandbytes), prodigy (prodigyopt)."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0

@@ -87,7 +87,7 @@ def build_state(task: Task, *, train: TrainSection, optimizer: OptimizerSection)
     if not parameters:
         raise RecipeError(f"nothing to train: no parameter of {', '.join(task.trainable) or 'the task'} is trainable.")
     built = optim.build(
-        parameters.values(),
+        parameters,
         name=optimizer.name,
         lr=optimizer.lr,
         betas=optimizer.betas,

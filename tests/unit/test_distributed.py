@@ -8,11 +8,11 @@ import math
 import os
 import signal
 import socket
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -156,14 +156,13 @@ def launch(settings: dict[str, Any]) -> Any:
 
 def workers(folder: Path) -> list[int]:
     """Process ids of the workers of the run in `folder`, by the job that their command line names."""
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
     found = []
-    for line in listed.splitlines():
-        words = line.split()
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
         if "rewardtune.launch" in words:
             jobfile = Path(words[-1]) / "job.json"
             if jobfile.exists() and json.loads(jobfile.read_text())["out"] == str(folder):
-                found.append(int(words[0]))
+                found.append(process.pid)
     return sorted(found)
 
 

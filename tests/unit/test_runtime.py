@@ -62,18 +62,50 @@ SETTINGS: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.1
 
 def test_optimisers_by_name() -> None:
     weight = nn.Parameter(torch.ones(3))
-    assert type(optim.build([weight], name="adamw", **SETTINGS)) is torch.optim.AdamW
-    with pytest.raises(RecipeError, match="adamw, adamw8bit, prodigy"):
-        optim.build([weight], name="adam", **SETTINGS)
+    assert type(optim.build({"weight": weight}, name="adamw", **SETTINGS)) is torch.optim.AdamW
+    with pytest.raises(RecipeError, match="adamw, adamw8bit, muon, prodigy"):
+        optim.build({"weight": weight}, name="adam", **SETTINGS)
     for name, package in (("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")):
         try:
             __import__(package)
         except ImportError:
             with pytest.raises(MissingExtra, match=package):
-                optim.build([weight], name=name, **SETTINGS)
+                optim.build({"weight": weight}, name=name, **SETTINGS)
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "SGD", "Adagrad", "RMSprop", "Adamax"])
+def test_muon_turns_the_matrices_of_blocks_and_leaves_the_rest_to_adamw() -> None:
+    """The same numbers as torch's own two optimisers side by side, with a schedule."""
+
+    def weights() -> dict[str, nn.Parameter]:
+        torch.manual_seed(0)
+        shapes = {
+            "model.embed.weight": (7, 4),
+            "model.mlp.0.weight": (4, 4),
+            "model.layers.0.attention.to_q.weight": (4, 4),
+            "model.layers.0.norm.weight": (4,),
+        }
+        return {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+
+    ours, theirs = weights(), weights()
+    built = optim.build(ours, name="muon", **SETTINGS)
+    block = theirs.pop("model.layers.0.attention.to_q.weight")
+    muon = torch.optim.Muon([block], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(list(theirs.values()), **SETTINGS)
+    theirs["model.layers.0.attention.to_q.weight"] = block
+    schedule = optim.build_schedule(built, name="linear", warmup_steps=0, steps=4)
+    for step in range(3):
+        for name in ours:
+            gradient = torch.randn(ours[name].shape, generator=torch.Generator().manual_seed(step))
+            ours[name].grad, theirs[name].grad = gradient, gradient.clone()
+        for one in (muon, adamw):
+            one.param_groups[0]["lr"] = 0.1 * (1 - step / 4)
+            one.step()
+        built.step()
+        optim.advance(schedule)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("kind", ["Muon", "AdamW", "SGD", "Adagrad", "RMSprop", "Adamax"])
 def test_the_state_of_any_optimiser_survives_json(kind: str) -> None:
     import json
 
@@ -81,6 +113,9 @@ def test_the_state_of_any_optimiser_survives_json(kind: str) -> None:
         torch.manual_seed(0)
         weights = [nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2, 2))]
         options = {"AdamW": {"amsgrad": True}, "SGD": {"momentum": 0.9}}.get(kind, {})
+        if kind == "Muon":
+            names = ("layers.0.norm.weight", "layers.0.linear.weight")
+            return weights, optim.build(dict(zip(names, weights, strict=True)), name="muon", **SETTINGS)
         return weights, getattr(torch.optim, kind)(weights, lr=0.01, **options)
 
     def steps(weights: list[nn.Parameter], optimizer: torch.optim.Optimizer, count: int) -> None:

@@ -1,0 +1,58 @@
+"""The demo's training, killed at random moments: nothing is lost, and the weights are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rewardtune.track import read_metrics
+
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(7200)]
+
+
+def start(out: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "rewardtune", "train", "pocket/zreward", *overrides, "--out", str(out)]
+    with out.with_suffix(".err").open("ab") as said:
+        return subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def steps_done(folder: Path) -> int:
+    return len(read_metrics(folder / "metrics.jsonl"))
+
+
+def test_five_kills_change_nothing(tmp_path: Path, *overrides: str) -> None:
+    whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(0)
+    assert start(whole, *overrides).wait() == 0
+    total, previous = steps_done(whole), 0
+    for kill in range(5):
+        process = start(killed, *overrides)
+        # Anywhere from the middle of loading to a step further on; later kills lie deeper in the run.
+        target = rng.uniform(0, 1.2 * total * (kill + 1) / 5)
+        began = time.monotonic()
+        while process.poll() is None and steps_done(killed) < target and time.monotonic() - began < 5 + 3 * target:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 1))
+        process.kill()
+        ended = process.wait()
+        assert ended in (0, -signal.SIGKILL), killed.with_suffix(".err").read_text()
+        if ended == 0:
+            break
+        assert steps_done(killed) >= previous - 20, "more than a checkpoint's interval was lost"
+        previous = steps_done(killed)
+    assert start(killed, *overrides).wait() == 0, killed.with_suffix(".err").read_text()
+    for name in ("export/pytorch_lora_weights.safetensors",):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+    for last in (whole / "checkpoints").iterdir():
+        for file in last.glob("*.safetensors"):
+            assert file.read_bytes() == (killed / "checkpoints" / last.name / file.name).read_bytes(), file
+    numbers = [
+        [{**line, "seconds": 0} for line in read_metrics(folder / "metrics.jsonl")] for folder in (whole, killed)
+    ]
+    assert numbers[0] == numbers[1]
