@@ -55,21 +55,17 @@ class PocketOracle:
     class Config(Options):
         """No options: a judge that could be adjusted would not be one."""
 
-    def __init__(self, model: Oracle, *, scale: float, device: str | torch.device) -> None:
-        self._model, self._scale, self._device = model, scale, device
+    def __init__(self, model: Oracle, *, device: str | torch.device) -> None:
+        self._model, self._device = model, device
 
     @classmethod
     def load(cls, config: Options, *, device: str | torch.device = "cpu") -> Self:
         """The shipped weights. DataError when they are damaged."""
-        import json
-
         from rewardtune.pocket.oracle import load
         from rewardtune.references import pocket_path
 
-        folder = pocket_path("pocket:oracle")
-        model = load(folder, device=device)
-        scale = json.loads((folder / "config.json").read_text())["cleanliness_scale"]
-        return cls(model, scale=scale, device=device)
+        model = load(pocket_path("pocket:oracle"), device=device)
+        return cls(model, device=device)
 
     def read(self, images: Tensor) -> list[Reading]:
         """What it sees in images (B, 3, H, W) in [0, 1]; sizes other than 64 x 64 are resized."""
@@ -79,7 +75,7 @@ class PocketOracle:
             from rewardtune.images import resize
 
             images = resize(images, (64, 64))
-        return read(self._model, images.detach().to(self._device), scale=self._scale)
+        return read(self._model, images.detach().to(self._device))
 
     def check(self, reading: Reading, facts: Sequence[Mapping[str, Any]]) -> list[bool]:
         """Whether each fact holds in a reading."""

@@ -69,18 +69,30 @@ def scene_of(facts: Sequence[panel.Fact]) -> Scene:
 def make_render(asked: Scene, kind: str, rng: random.Random) -> Picture:
     """A render that answers the caption of `asked`, in one of the ways that `KINDS` names."""
     placed = place(asked, rng)
-    drawn = misread(placed, rng) if "misread" in kind else placed
+    drawn = placed
+    if "misread" in kind:
+        drawn = misread(placed, rng)
+    elif "other" in kind:
+        drawn = place(sample_scene(rng, asked.split), rng)
     picture = Picture(kind, render(drawn), drawn)
     if "faulty" in kind:
         for name in rng.sample(sorted(FAULTS), rng.choices([1, 2], [3, 1])[0]):
             # small severities are as common as large ones: the eye must learn the difference between 4 and 5
-            picture.image, fault = panel.apply_fault(picture.image, name, rng.random() ** 1.5, rng)
+            severity = rng.random() ** 1.5
+            # A smear or a cut that misses the objects teaches nothing; three tries make most of them hit.
+            tries = [panel.apply_fault(picture.image, name, severity, rng) for _ in range(TRIES.get(name, 1))]
+            picture.image, fault = max(tries, key=lambda made: made[1].seen)
             picture.faults.append(fault)
     return picture
 
 
-KINDS = {"clean": 2.0, "misread": 3.0, "faulty": 3.0, "misread faulty": 2.0, "decoded": 2.0, "misread decoded": 2.0}
-"""Ways to make a render and how often each is taken; `decoded` ones pass through the autoencoder."""
+KINDS = {
+    "clean": 2.0, "misread": 3.0, "faulty": 3.0, "misread faulty": 2.0, "other": 0.8,
+    "decoded": 2.0, "misread decoded": 2.0, "other decoded": 0.8,
+}  # fmt: skip
+"""Ways to make a render and how often each is taken: `other` is a scene that has nothing to do with the caption,
+`decoded` ones pass through the autoencoder (ours)."""
+TRIES = {"smear": 3, "shear_halves": 3}
 
 
 def decode(pictures: Sequence[Picture], vae: Any, rng: random.Random) -> None:

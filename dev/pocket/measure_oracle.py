@@ -21,6 +21,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from rewardtune.pocket.faults import FAULTS, misread
+from rewardtune.pocket.oracle import load
 from rewardtune.pocket.scenes import Scene, place, render, sample_scene
 from rewardtune.types import Prompt
 
@@ -97,6 +98,53 @@ def redrawn(oracle: PocketOracle, again: Callable[[Image.Image, random.Random], 
     return round(float(said["cleanliness"].view(count, 16).var(1).mean().sqrt()), 4)
 
 
+def card(report: dict[str, Any], training: dict[str, Any]) -> str:
+    """The README that goes with the weights."""
+    objects, clean = training["objects"], training["cleanliness"]
+    minutes = (objects["seconds"] + clean["seconds"]) / 60
+
+    def row(name: str, said: dict[str, Any]) -> str:
+        right, whole = 100 * said["facts_right"], 100 * said["all_facts"]
+        return f"| {name} | {right:.1f} % | {whole:.1f} % | {said['cleanliness']:.3f} |"
+
+    rows = []
+    for name, by_severity in report["faults"].items():
+        if name in FAULTS:
+            rows.append(
+                f"| {name} | " + " | ".join(f"{by_severity[str(s)]['mean_drop']:.3f}" for s in SEVERITIES) + " |"
+            )
+    faults_table = "\n".join(rows)
+    return f"""---
+license: apache-2.0
+tags: [rewardtune]
+---
+
+# Pocket oracle: the held-out judge of the pocket world
+
+A convolutional network of {(objects["parameters"] + clean["parameters"]) / 1e6:.1f} M parameters (float16). One tower
+reads objects, tints, sizes, places and background back out of a 64 x 64 picture; a second one, which also sees the
+first one's features, says how far the picture is from a clean render of what it shows. It shares with the scorer
+nothing but the artwork: other training pictures, other architecture, other code. No shipped recipe trains on it.
+
+How: `python dev/pocket/train_oracle.py`, {objects["steps"]:,} and {clean["steps"]:,} steps of {objects["batch"]}
+pictures, seed {objects["seed"]}, {minutes:.0f} minutes on a busy core.
+
+| pictures (held-out split, {report["clean"]["pictures"]:,}) | facts right | whole prompts right | cleanliness |
+| --- | --- | --- | --- |
+{row("clean renders", report["clean"])}
+{row("the same through the autoencoder", report["autoencoder"])}
+
+Mean drop of the verdict (0 to 1) under drawing faults that it was not trained on, by severity:
+
+| fault | {" | ".join(str(s) for s in SEVERITIES)} |
+| --- | {" | ".join("---" for _ in SEVERITIES)} |
+{faults_table}
+
+Pictures of the same scenes drawn again differ in cleanliness by a standard deviation of
+{report["cleanliness_spread"]["none"]:.3f}, with blur {report["cleanliness_spread"]["blur"]:.3f}.
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the folder of the weights")
@@ -106,7 +154,7 @@ def main() -> None:
     from diffusers import AutoencoderKL
 
     torch.set_num_threads(1)
-    oracle = PocketOracle.load(PocketOracle.Config())
+    oracle = PocketOracle(load(args.out), device="cpu")
     of = scenes(args.pictures, "clean")
     clean = tensor([render(scene) for scene in of])
     report: dict[str, Any] = {"clean": shares(judge(oracle, clean, of), of)}
@@ -122,6 +170,7 @@ def main() -> None:
         "smear": redrawn(oracle, lambda p, rng: smear(p, 0.4, rng), 20),
     }
     (args.out / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.out / "README.md").write_text(card(report, json.loads((args.out / "training.json").read_text())))
     print(json.dumps(report, indent=1))
 
 

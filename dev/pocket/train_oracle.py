@@ -10,8 +10,9 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewardtune.pocket.oracle import GRID, STRIDE, Oracle, fuse
+from rewardtune.pocket.oracle import GRID, STRIDE, Cleanliness, Objects, Oracle, fold, load
 from rewardtune.pocket.scenes import BACKGROUNDS, CONCEPTS, SIZE, TINTS, paste, sprite, tints_of
 
 NAMES = {"concepts": sorted(CONCEPTS), "tints": [None, *sorted(TINTS)], "backgrounds": sorted(BACKGROUNDS)}
@@ -29,7 +30,8 @@ WIDTHS = (32, 64, 96, 96, 144)
 MOST = 4
 """Objects in a training picture, at most."""
 SCALE = 0.08
-"""Distance from the clean render at which cleanliness is 1/e."""
+"""Unit of distance: this far from its clean render a picture has cleanliness 1/e. A Gaussian blur of 2.5 pixels has
+about 0.08, the autoencoder's reconstruction about 0.04."""
 
 
 # --- scenes: objects anywhere, in any size, beyond what captions can say
@@ -186,7 +188,8 @@ def bend(x: Tensor, much: Tensor, g: torch.Generator) -> Tensor:
     shift = _clouds(len(x), 2, cells, g) * _shape(0.3 + 3.2 * much) * (2 / SIZE)
     axis = (torch.arange(SIZE) + 0.5) / SIZE * 2 - 1
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1) + shift.permute(0, 2, 3, 1)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    mode = "bilinear" if torch.rand(1, generator=g) < 0.5 else "nearest"
+    return F.grid_sample(x, grid, mode=mode, padding_mode="border", align_corners=False)
 
 
 def tone(x: Tensor, much: Tensor, g: torch.Generator) -> Tensor:
@@ -250,9 +253,11 @@ class Latents:
 
 Fault = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 PLAIN: tuple[Fault, ...] = (soften, coarsen, speckle, cloud, bend, tone, melt, slip, echo)
+CLEANLINESS: tuple[Fault, ...] = (*PLAIN, bend, slip, slip)
+"""The second tower sees more of what keeps colours and edges and breaks shapes only: the hardest to notice."""
 
 
-def spoil(x: Tensor, latents: Fault, g: torch.Generator) -> Tensor:
+def spoil(x: Tensor, *, faults: Sequence[Fault], latents: Fault, g: torch.Generator) -> Tensor:
     """A third stays as drawn, a third gets plain faults, a third goes through the autoencoder (some after a fault)."""
     x = x.clone()
     third = len(x) // 3
@@ -261,7 +266,7 @@ def spoil(x: Tensor, latents: Fault, g: torch.Generator) -> Tensor:
     again = touched[torch.randperm(len(touched), generator=g)[:third]]
     for rows in (once, again):
         for part in rows[torch.randperm(len(rows), generator=g)].chunk(3):
-            fault = PLAIN[int(torch.randint(len(PLAIN), (1,), generator=g))]
+            fault = faults[int(torch.randint(len(faults), (1,), generator=g))]
             x[part] = fault(x[part], torch.rand(len(part), generator=g) ** 1.3, g)
     through = touched[third:]
     much = torch.rand(len(through), generator=g) * (torch.rand(len(through), generator=g) < 0.75)
@@ -280,8 +285,8 @@ def distance(picture: Tensor, clean: Tensor, objects: Tensor) -> tuple[Tensor, T
     """
     gap = torch.zeros_like(picture[:, 0])
     for size in (1, 2, 4):
-        a, b = F.avg_pool2d(picture, size), F.avg_pool2d(clean, size)
-        gap += F.interpolate((a - b).abs().mean(1, keepdim=True), scale_factor=float(size))[:, 0] / 3
+        difference = picture - clean if size == 1 else F.avg_pool2d(picture - clean, size)
+        gap += F.interpolate(difference.abs().mean(1, keepdim=True), scale_factor=float(size))[:, 0] / 3
     for dim in (2, 3):
         steps = (picture.diff(dim=dim) - clean.diff(dim=dim)).abs().mean(1)
         gap += F.pad(steps, (0, 1) if dim == 3 else (0, 0, 0, 1)) / 2
@@ -294,8 +299,8 @@ def distance(picture: Tensor, clean: Tensor, objects: Tensor) -> tuple[Tensor, T
     return (on + off) / 2, F.avg_pool2d(gap, 8)
 
 
-def loss_of(maps: dict[str, Tensor], objects: Tensor, background: Tensor, error: Tensor, local: Tensor) -> Tensor:
-    """Sum of the parts; objectness is CenterNet's penalty-reduced focal loss (arXiv 1904.07850, Eq. 1)."""
+def loss_of_facts(maps: dict[str, Tensor], objects: Tensor, background: Tensor) -> Tensor:
+    """Sum of the first tower's parts; objectness is CenterNet's focal loss (arXiv 1904.07850, Eq. 1)."""
     present = objects[..., 2] > 0
     centre = objects[..., :2] / STRIDE - 0.5
     cell = centre.round().clamp(0, GRID - 1)
@@ -325,12 +330,16 @@ def loss_of(maps: dict[str, Tensor], objects: Tensor, background: Tensor, error:
     total = total + 0.5 * (weight * ((maps["offset"][:, 0] - off_x).abs() + (maps["offset"][:, 1] - off_y).abs())).sum()
     side = (own[..., 2].clamp(min=1) / 16).log()
     total = total + (weight * (maps["side"] - side).abs()).sum()
-    total = total + 0.3 * F.cross_entropy(maps["background"], background)
-    clean = ((-maps["error"] / SCALE).exp() - (-error / SCALE).exp()).abs().mean()
-    return total + 2.0 * clean + 0.5 * ((maps["error_map"] - local).abs().mean() / SCALE)
+    return total + 0.3 * F.cross_entropy(maps["background"], background)
 
 
-def batch(step: int, *, size: int, seed: int, latents: Fault) -> tuple[Tensor, ...]:
+def loss_of_cleanliness(maps: dict[str, Tensor], error: Tensor, local: Tensor) -> Tensor:
+    """Mean absolute error of the second tower, overall and by patch, in units of cleanliness."""
+    whole = ((-maps["error"]).exp() - (-error / SCALE).exp()).abs().mean()
+    return whole + 0.25 * ((-maps["error_map"]).exp() - (-local / SCALE).exp()).abs().mean()
+
+
+def batch(step: int, *, size: int, seed: int, faults: Sequence[Fault], latents: Fault) -> tuple[Tensor, ...]:
     """Pictures (B, 3, 64, 64) and their targets; depends on seed and step only."""
     rng = random.Random(f"oracle:{seed}:{step}")
     drawn, clean, objects, background = zip(*(draw(rng) for _ in range(size)), strict=True)
@@ -339,59 +348,81 @@ def batch(step: int, *, size: int, seed: int, latents: Fault) -> tuple[Tensor, .
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
 
     rows = torch.from_numpy(np.stack(objects))
-    x = spoil(tensor(drawn), latents, torch.Generator().manual_seed(rng.getrandbits(48)))
+    g = torch.Generator().manual_seed(rng.getrandbits(48))
+    x = spoil(tensor(drawn), faults=faults, latents=latents, g=g)
     x = (x * 255).round() / 255
     return x, rows, torch.tensor(background), *distance(x, tensor(clean), rows)
+
+
+def train(
+    tower: Objects | Cleanliness, *, seen_by: Objects | None, vae: Path, steps: int, size: int, seed: int
+) -> dict[str, Any]:
+    """Train a tower; `seen_by` is the finished first tower when it is the second's turn. Returns what the card says."""
+    started, mean = time.time(), 0.0
+    tower = tower.to(memory_format=torch.channels_last)
+    faults, latents = (PLAIN, soften) if seen_by is None else (CLEANLINESS, Latents(vae))
+    optimizer = torch.optim.AdamW(tower.parameters(), lr=3e-3, weight_decay=0.02, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        if step == steps * 2 // 5 and seen_by is None:
+            latents = Latents(vae)  # for objects the costlier faults come only once the plain ones are learnt
+        x, objects, background, error, local = batch(step, size=size, seed=seed, faults=faults, latents=latents)
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            if seen_by is None:
+                loss = loss_of_facts(tower(x)[0], objects, background)
+            else:
+                with torch.no_grad():
+                    features = seen_by(x)[1]
+                loss = loss_of_cleanliness(tower(x, features), error, local)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tower.parameters(), 5.0)
+        optimizer.step()
+        schedule.step()
+        mean = loss.item() if step == 0 else 0.97 * mean + 0.03 * loss.item()
+        if step % 50 == 0:
+            print(f"{type(tower).__name__} {step} loss {mean:.3f} {time.time() - started:.0f} s", flush=True)
+    parameters = sum(p.numel() for p in tower.parameters())
+    return {"steps": steps, "batch": size, "seed": seed, "loss": round(mean, 4), "parameters": parameters,
+            "seconds": round(time.time() - started)}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vae", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--keep-objects", action="store_true", help="train only cleanliness anew, on the stored tower")
+    parser.add_argument("--steps", type=int, nargs=2, default=[1900, 1000], help="of objects and of cleanliness")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    started = time.time()
-    latents: Fault = soften
-    model = Oracle(NAMES, widths=WIDTHS, fused=False).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.02, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=args.steps, pct_start=0.1)
-    mean = 0.0
-    for step in range(args.steps):
-        if step == args.steps * 2 // 5:
-            latents = Latents(args.vae)  # the costlier faults only once the plain ones are learnt
-        x, objects, background, error, local = batch(step, size=args.batch, seed=args.seed, latents=latents)
-        with torch.autocast("cpu", torch.bfloat16):
-            maps = model(x.contiguous(memory_format=torch.channels_last))
-        loss = loss_of(maps, objects, background, error, local)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        schedule.step()
-        mean = loss.item() if step == 0 else 0.97 * mean + 0.03 * loss.item()
-        if step % 50 == 0:
-            print(f"{step} loss {mean:.3f} {time.time() - started:.0f} s", flush=True)
-        if step % 500 == 499 or step == args.steps - 1:
-            store(model, args.out)
-    report = {"seconds": round(time.time() - started), "steps": args.steps, "batch": args.batch, "seed": args.seed,
-              "loss": round(mean, 4), "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
-    (args.out / "training.json").write_text(json.dumps(report) + "\n")
+    args.out.mkdir(parents=True, exist_ok=True)
+    options = {"vae": args.vae, "size": args.batch, "seed": args.seed}
+    card = args.out / "training.json"
+    if args.keep_objects:
+        oracle, report = load(args.out), json.loads(card.read_text())
+    else:
+        oracle, report = Oracle(NAMES, widths=WIDTHS).eval().requires_grad_(False), {}
+        tower = Objects(NAMES, widths=WIDTHS, fused=False)
+        report["objects"] = train(tower, seen_by=None, steps=args.steps[0], **options)
+        fold(tower, oracle.objects)
+        store(oracle, args.out)
+    second = Cleanliness(widths=WIDTHS, fused=False)
+    report["cleanliness"] = train(second, seen_by=oracle.objects, steps=args.steps[1], **options)
+    fold(second, oracle.clean)
+    store(oracle, args.out)
+    card.write_text(json.dumps(report, indent=1) + "\n")
     print(report)
 
 
-def store(model: Oracle, folder: Path) -> None:
-    """Write the fused network as float16, and what its outputs mean."""
-    folder.mkdir(parents=True, exist_ok=True)
-    fused = fuse(model)
-    model.train()
-    state = {k: v.half().contiguous() for k, v in fused.state_dict().items()}
+def store(oracle: Oracle, folder: Path) -> None:
+    """Write the network as float16, and what its outputs mean."""
+    state = {k: v.half().contiguous() for k, v in oracle.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {"names": NAMES, "widths": list(WIDTHS), "cleanliness_scale": SCALE}
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps({"names": NAMES, "widths": list(WIDTHS)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The network behind the held-out judge, and how its maps become facts.
 
 Read by `rewardtune/rewards/pocket_oracle.py`, trained by `dev/pocket/train_oracle.py`; nothing else imports it. Two
-towers that share no layer: one finds and names objects on a 16 x 16 grid, the other measures cleanliness.
+towers: one finds and names objects on a 16 x 16 grid; the other, trained after it, measures cleanliness.
 """
 
 from __future__ import annotations
@@ -75,13 +75,11 @@ class _Residual(nn.Module):
         return x + change
 
 
-class Oracle(nn.Module):
-    """Images (B, 3, 64, 64) in [0, 1] -> maps. `names`: concepts, tints and backgrounds in the order of the logits."""
+class Objects(nn.Module):
+    """The first tower: images (B, 3, 64, 64) in [0, 1] -> what is where. `names`: what the logits stand for."""
 
     def __init__(self, names: Mapping[str, Sequence[Any]], *, widths: Sequence[int], fused: bool) -> None:
         super().__init__()
-        self.names = names
-        self.widths = tuple(widths)
         a, b, c, d, e = widths
         self.stem = nn.Sequential(_Conv(3, a, kernel=5, stride=2, fused=fused), _Conv(a, a, fused=fused))
         self.down4 = nn.Sequential(_Conv(a, b, stride=2, fused=fused), *(_Residual(b, fused=fused) for _ in range(2)))
@@ -93,26 +91,17 @@ class Oracle(nn.Module):
         # objectness, offset x y, log side | concepts | tints | background logits and their weight
         self.sections = (1, 2, 1, len(names["concepts"]), len(names["tints"]), len(names["backgrounds"]), 1)
         self.out = nn.Conv2d(e, sum(self.sections), 1)
-        self.clean = nn.Sequential(
-            _Conv(3, 24, kernel=5, stride=2, fused=fused), _Conv(24, 48, stride=2, fused=fused),
-            _Residual(48, fused=fused), _Conv(48, 64, stride=2, fused=fused), _Residual(64, fused=fused),
-            nn.Conv2d(64, 2, 1),
-        )  # fmt: skip
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Maps over the grid (B, ?, 16, 16); `background` (B, 6) logits; `error` (B,) distance from a clean render and
-        `error_map` (B, 8, 8), both in the unit of `dev/pocket/train_oracle.py:distance`."""
-        x = images * 4 - 2
-        x4 = self.down4(self.stem(x))
+    def forward(self, images: Tensor) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+        """Logits over the grid (B, ?, 16, 16) with `background` (B, 6), and features at 16 x 16 and 8 x 8."""
+        x4 = self.down4(self.stem(images * 4 - 2))
         x8 = self.down8(x4)
         x16 = self.down16(x8)
         x8 = self.merge8(x8 + F.interpolate(self.across16(x16), scale_factor=2.0))
-        x4 = self.merge4(x4 + F.interpolate(self.across8(x8), scale_factor=2.0))
-        maps = self.out(self.head(x4)).float().split(self.sections, dim=1)
+        x4 = self.head(self.merge4(x4 + F.interpolate(self.across8(x8), scale_factor=2.0)))
+        maps = self.out(x4).float().split(self.sections, dim=1)
         heat, offset, side, concept, tint, background, weight = maps
         shares = weight.flatten(2).softmax(-1)
-        local, weight = self.clean(x).float().split(1, dim=1)
-        error_map = F.softplus(local)
         return {
             "heat": heat[:, 0],
             "offset": offset,
@@ -120,26 +109,61 @@ class Oracle(nn.Module):
             "concept": concept,
             "tint": tint,
             "background": (background.flatten(2) * shares).sum(-1),
-            "error_map": error_map[:, 0],
-            "error": (error_map.flatten(1) * weight.flatten(1).softmax(-1)).sum(-1),
-        }
+        }, (x4, x8)
 
 
-def fuse(model: Oracle) -> Oracle:
-    """A copy whose normalisation layers are folded into the convolutions: what is stored."""
-    fused = Oracle(model.names, widths=model.widths, fused=True)
+class Cleanliness(nn.Module):
+    """The second tower: looks at the pixels, and knows from the first tower's features what should be there."""
+
+    def __init__(self, *, widths: Sequence[int], fused: bool) -> None:
+        super().__init__()
+        _, _, c, _, e = widths
+        self.pixels = nn.Sequential(
+            _Conv(3, 24, kernel=5, stride=2, fused=fused), _Conv(24, 48, stride=2, fused=fused),
+            _Residual(48, fused=fused),
+        )  # fmt: skip
+        self.join4 = _Conv(48 + e, 96, kernel=1, fused=fused)
+        self.down8 = _Conv(96, 96, stride=2, fused=fused)
+        self.join8 = nn.Sequential(_Conv(96 + c, 96, kernel=1, fused=fused), _Residual(96, fused=fused))
+        self.out = nn.Conv2d(96, 2, 1)
+
+    def forward(self, images: Tensor, features: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """`error` (B,), the distance from a clean render, and `error_map` (B, 8, 8); cleanliness is exp(-error)."""
+        x = self.join4(torch.cat([self.pixels(images * 4 - 2), features[0]], 1))
+        x = self.join8(torch.cat([self.down8(x), features[1]], 1))
+        local, weight = self.out(x).float().split(1, dim=1)
+        error_map = F.softplus(local)[:, 0]
+        shares = weight.flatten(1).softmax(-1)
+        return {"error_map": error_map, "error": (error_map.flatten(1) * shares).sum(-1)}
+
+
+class Oracle(nn.Module):
+    """Both towers as they are stored, normalisation folded in."""
+
+    def __init__(self, names: Mapping[str, Sequence[Any]], *, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.names = names
+        self.objects = Objects(names, widths=widths, fused=True)
+        self.clean = Cleanliness(widths=widths, fused=True)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """All maps of images (B, 3, 64, 64) in [0, 1]."""
+        maps, features = self.objects(images)
+        return maps | self.clean(images, features)
+
+
+def fold(tower: nn.Module, into: nn.Module) -> None:
+    """Copy a trained tower into one of the same kind without normalisation layers, folding those into convolutions."""
     state: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, _Conv) and isinstance(module[1], nn.BatchNorm2d):
+    for name, module in tower.named_modules():
+        if isinstance(module, _Conv):
             convolution, norm = module[0], module[1]
             assert isinstance(convolution, nn.Conv2d)
             conv = nn.utils.fuse_conv_bn_eval(convolution.eval(), norm.eval())
             assert conv.bias is not None
             state |= {f"{name}.0.weight": conv.weight, f"{name}.0.bias": conv.bias}
-    own = model.state_dict()
-    state |= {key: own[key] for key in fused.state_dict() if key not in state}
-    fused.load_state_dict(state)
-    return fused.eval()
+    own = tower.state_dict()
+    into.load_state_dict(state | {key: own[key] for key in into.state_dict() if key not in state})
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu") -> Oracle:
@@ -151,7 +175,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> Oracle:
             state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"pocket-oracle: {folder} cannot be read ({error}); rebuild it with `make pocket`.") from error
-    model = Oracle(config["names"], widths=config["widths"], fused=True)
+    model = Oracle(config["names"], widths=config["widths"])
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -163,13 +187,13 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> Oracle:
 
 
 @torch.no_grad()
-def read(model: Oracle, images: Tensor, *, scale: float) -> list[Reading]:
-    """Read images (B, 3, 64, 64) in [0, 1]; `scale`: the distance from a clean render at which cleanliness is 1/e."""
+def read(model: Oracle, images: Tensor) -> list[Reading]:
+    """Read images (B, 3, 64, 64) in [0, 1]."""
     maps = {name: value.cpu() for name, value in model(images.float().clamp(0, 1)).items()}
     heat = maps["heat"].sigmoid()
     peaks = (heat == F.max_pool2d(heat[:, None], 3, 1, 1)[:, 0]) & (heat >= PEAK)
     background = maps["background"].softmax(-1)
-    cleanliness = (-maps["error"] / scale).exp()
+    cleanliness = (-maps["error"]).exp()
     readings = []
     for i in range(len(heat)):
         best = int(background[i].argmax())

@@ -170,7 +170,6 @@ def test_the_eye_finds_places_and_sizes() -> None:
     assert found["cat", 4].tint == "red" and found["key", 2].tint is None
 
 
-@pytest.mark.xfail(reason="the panel's eye is still being calibrated: dev/LOG.md, 2026-11-22", strict=False)
 def test_clean_renders_are_rated_high_and_misread_ones_low() -> None:
     rng = random.Random(8)
     known, seen, unharmed = [], [], []
@@ -200,7 +199,6 @@ def test_each_fault_costs_points_where_it_should(name: str) -> None:
     assert means[1] < means[0] - 0.3 and means[1] < 4.3
 
 
-@pytest.mark.xfail(reason="the panel's eye is still being calibrated: dev/LOG.md, 2026-11-22", strict=False)
 def test_seen_and_known_ratings_agree_on_faulty_renders() -> None:
     rng = random.Random(9)
     known, seen = [], []
