@@ -61,8 +61,8 @@ class PocketOracle:
     @classmethod
     def load(cls, config: Options, *, device: str | torch.device = "cpu") -> Self:
         """The shipped weights. DataError when they are damaged."""
+        from rewardtune.data.references import pocket_path
         from rewardtune.pocket.oracle import load
-        from rewardtune.references import pocket_path
 
         model = load(pocket_path("pocket:oracle"), device=device)
         return cls(model, device=device)
@@ -72,7 +72,7 @@ class PocketOracle:
         from rewardtune.pocket.oracle import read
 
         if tuple(images.shape[-2:]) != (64, 64):
-            from rewardtune.images import resize
+            from rewardtune.data.images import resize
 
             images = resize(images, (64, 64))
         return read(self._model, images.detach().to(self._device))

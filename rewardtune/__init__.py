@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rewardtune.registry import register_pipeline as register_pipeline
     from rewardtune.registry import register_reward as register_reward
-    from rewardtune.scoring import load_reward as load_reward
+    from rewardtune.scoring.reward_set import load_reward as load_reward
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "load_reward": "rewardtune.scoring",
+    "load_reward": "rewardtune.scoring.reward_set",
     "register_reward": "rewardtune.registry",
     "register_pipeline": "rewardtune.registry",
 }
@@ -33,8 +33,8 @@ def _train(
     fresh: bool = False,
 ) -> Path:
     """Run a recipe, `rt.train("pocket/zreward", overrides={"train.steps": 50})`, and return the run folder."""
-    from rewardtune.recipe_file import format_overrides, load_recipe
-    from rewardtune.run import train_recipe
+    from rewardtune.recipe.file import format_overrides, load_recipe
+    from rewardtune.training.run import train_recipe
 
     loaded = load_recipe(recipe, format_overrides(overrides or {}), files=True)
     return train_recipe(loaded, out=out, fresh=fresh)
@@ -67,23 +67,19 @@ def __dir__() -> list[str]:
 _CALLED = {"train": _train, "compare": _compare}
 
 
-class _TrainModule(ModuleType):
-    __call__ = staticmethod(_train)
-
-
 class _CompareModule(ModuleType):
     __call__ = staticmethod(_compare)
 
 
 class _Package(ModuleType):
-    """The loop and the comparison are modules named `train` and `compare`, which importing binds to this package.
+    """The comparison is a package named `compare`, which importing binds to this one.
 
-    They become callable then, so that `rt.train(...)` works before and after, and `rewardtune.train` stays a module.
+    It becomes callable then, so that `rt.compare(...)` works before and after.
     """
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name in _CALLED and isinstance(value, ModuleType):
-            value.__class__ = _TrainModule if name == "train" else _CompareModule
+        if name == "compare" and isinstance(value, ModuleType):
+            value.__class__ = _CompareModule
         super().__setattr__(name, value)
 
 

@@ -1,5 +1,5 @@
 """`python -m rewardtune` is the console script."""
 
-from rewardtune.cli import main
+from rewardtune.cli.app import main
 
 main()

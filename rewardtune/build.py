@@ -12,12 +12,15 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from rewardtune import export, gradients, lora, objective, registry, runtime
-from rewardtune.data import read_captioned_images, read_prompts
+from rewardtune import gradients, registry
+from rewardtune.data.records import read_captioned_images, read_prompts
+from rewardtune.data.references import resolve
+from rewardtune.diffusion import export, lora
+from rewardtune.diffusion.rollout import sample
 from rewardtune.errors import PluginError, RecipeError
 from rewardtune.plugins import Guidance, Pipeline
 from rewardtune.randomness import generator
-from rewardtune.recipe import (
+from rewardtune.recipe.sections import (
     DirectRewardRecipe,
     PipelineSection,
     Recipe,
@@ -26,12 +29,12 @@ from rewardtune.recipe import (
     SampleSection,
     SftRecipe,
 )
-from rewardtune.references import resolve
-from rewardtune.rollout import sample
-from rewardtune.scoring import RewardSet, Term, load_reward
+from rewardtune.scoring import objective
+from rewardtune.scoring.reward_set import RewardSet, Term, load_reward
 from rewardtune.tasks import Task
 from rewardtune.tasks.direct_reward import DirectReward
 from rewardtune.tasks.sft import Sft
+from rewardtune.training import runtime
 
 
 def build_task(recipe: Recipe, *, device: str) -> Task:

@@ -1,6 +1,6 @@
 """Errors that a user can act on. Each says what was found, where, what was expected, and what to do.
 
-`cli.py` prints the message as one paragraph and leaves with `exit_code` (the table is in docs/cli.md).
+`cli/app.py` prints the message as one paragraph and leaves with `exit_code` (the table is in docs/cli.md).
 """
 
 

@@ -23,7 +23,7 @@ from pydantic import BaseModel
 
 from rewardtune.errors import PluginError
 from rewardtune.plugins import RewardCard
-from rewardtune.suggest import closest
+from rewardtune.recipe.suggest import closest
 
 C = TypeVar("C", bound=type)
 BUILT_IN = "built-in"

@@ -122,7 +122,7 @@ def test_it_runs_outside_the_checkout(site, tmp_path):
 
 def test_the_console_script_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["project"]["scripts"] == {"rewardtune": "rewardtune.cli:main"}
+    assert project["project"]["scripts"] == {"rewardtune": "rewardtune.cli.app:main"}
 
 
 def test_constraints_meet_the_floors_and_name_the_tested_torch():

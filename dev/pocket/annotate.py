@@ -24,8 +24,8 @@ from typing import Any, get_args
 import torch
 from PIL import Image
 
-from rewardtune.data import PreferenceGroup, RatedImage, read_prompts, write_records
-from rewardtune.images import open_image, to_pil, to_tensor
+from rewardtune.data.images import open_image, to_pil, to_tensor
+from rewardtune.data.records import PreferenceGroup, RatedImage, read_prompts, write_records
 from rewardtune.pocket import panel
 from rewardtune.pocket.faults import FAULTS, misread
 from rewardtune.pocket.scenes import Group, Scene, Split, place, render, sample_scene

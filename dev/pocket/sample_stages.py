@@ -15,11 +15,11 @@ import torch
 from rewardtune.pipelines.z_image import ZImage
 from safetensors.torch import load_file
 
-from rewardtune.images import to_pil
+from rewardtune.data.images import to_pil
+from rewardtune.diffusion.rollout import sample
 from rewardtune.plugins import Guidance
 from rewardtune.pocket.scenes import sample_scene
 from rewardtune.randomness import generator
-from rewardtune.rollout import sample
 
 
 def load_stage(pipeline: ZImage, checkpoint: Path) -> None:

@@ -196,7 +196,7 @@ def _picture(path: Path) -> dict[str, Any]:
     """An image file as a data URI: small ones exactly, large ones scaled down."""
     from PIL import Image
 
-    from rewardtune.images import open_image
+    from rewardtune.data.images import open_image
 
     picture = open_image(path)
     pixelated = max(picture.size) <= _PIXELATED

@@ -58,7 +58,7 @@ def report_id(sides: Sequence[str], plan: Plan, out: Path) -> str:
 
 def measure_diversity(sides: Sequence[str], plan: Plan, out: Path) -> dict[str, diversity_measure.Diversity]:
     """The diversity of each side's images."""
-    from rewardtune.images import open_image
+    from rewardtune.data.images import open_image
 
     owner = prompt_clusters(plan).tolist()
     return {

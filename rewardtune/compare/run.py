@@ -19,8 +19,8 @@ from rewardtune.compare.scores import Panel, Scored, choose_rewards, read_scores
 from rewardtune.compare.sides import Side, first_recipe, resolve_sides
 from rewardtune.compare.votes import read_votes
 from rewardtune.errors import CheckFailed, DataError, RecipeError
-from rewardtune.recipe import CompareSection, RewardSection
-from rewardtune.score import best_device, parse_spec, parse_specs
+from rewardtune.recipe.sections import CompareSection, RewardSection
+from rewardtune.scoring.score import best_device, parse_spec, parse_specs
 from rewardtune.types import Prompt
 
 FILE = "compare.json"
@@ -158,7 +158,7 @@ def _panel(
 
 
 def _plan(defaults: CompareSection, *, prompts: str | Path | None, seeds: int | None, num_prompts: int | None) -> Plan:
-    from rewardtune.data import read_prompts
+    from rewardtune.data.records import read_prompts
 
     source = prompts if prompts is not None else defaults.prompts
     if source is None:

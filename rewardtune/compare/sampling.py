@@ -92,8 +92,8 @@ def _draw(
 ) -> None:
     import torch
 
-    from rewardtune.images import to_pil
-    from rewardtune.rollout import sample
+    from rewardtune.data.images import to_pil
+    from rewardtune.diffusion.rollout import sample
 
     size = plan.size or pipeline.image_size
     record = {**_fingerprint(side, plan, device), **_provenance(pipeline, side, folder, size)}
@@ -164,7 +164,7 @@ def _fingerprint(side: Side, plan: Plan, device: str) -> dict[str, Any]:
 
 def _provenance(pipeline: Pipeline, side: Side, folder: Path, size: tuple[int, int]) -> dict[str, Any]:
     """What the script needs beside the fingerprint."""
-    from rewardtune.references import resolve
+    from rewardtune.data.references import resolve
 
     path = resolve(side.pipeline.model)
     options = getattr(pipeline, "options", None)
@@ -190,7 +190,7 @@ def _provenance(pipeline: Pipeline, side: Side, folder: Path, size: tuple[int, i
 
 def _weights(model: str) -> str | None:
     """A cheap mark of a local pipeline's files (names, sizes, times); None for a hub id, whose revision says enough."""
-    from rewardtune.references import resolve
+    from rewardtune.data.references import resolve
 
     folder = Path(resolve(model))
     if not folder.is_dir():

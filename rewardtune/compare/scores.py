@@ -22,8 +22,8 @@ from rewardtune.compare.files import csv_cell, write_bytes
 from rewardtune.compare.progress import Progress
 from rewardtune.compare.sampling import Plan, image_file, image_seed
 from rewardtune.errors import DataError, RecipeError
-from rewardtune.recipe import RewardSection
-from rewardtune.score import ImageScore, card_document, score_files
+from rewardtune.recipe.sections import RewardSection
+from rewardtune.scoring.score import ImageScore, card_document, score_files
 
 Floats = NDArray[np.float64]
 FILE = "scores.json"
@@ -103,7 +103,7 @@ def choose_rewards(wanted: Sequence[RewardSection], trained: Sequence[RewardSect
     if judge is not None:
         found = next((label for label, section in rewards.items() if judge in (label, section.name)), None)
         if found is None:
-            from rewardtune.score import parse_spec
+            from rewardtune.scoring.score import parse_spec
 
             name, options = parse_spec(judge)
             found = add(RewardSection(name=name, options=options))
@@ -141,7 +141,7 @@ def score_sides(
     device: str,
 ) -> list[Scored]:
     """Score every image with every reward, one reward in memory at a time; writes both files."""
-    from rewardtune.scoring import load_reward
+    from rewardtune.scoring.reward_set import load_reward
 
     items = plan.items
     prompts = [plan.prompts[p] for p, _ in items]

@@ -14,9 +14,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from rewardtune.data.references import PREFIX
 from rewardtune.errors import RecipeError
-from rewardtune.recipe import DirectRewardRecipe, PipelineSection, Recipe, RewardSection, SftRecipe
-from rewardtune.references import PREFIX
+from rewardtune.recipe.sections import DirectRewardRecipe, PipelineSection, Recipe, RewardSection, SftRecipe
 
 BASE = "base"
 """Names the start of the first run among the sides."""
@@ -110,7 +110,7 @@ def _resolve(reference: str) -> Side:
     """A run folder, an exported LoRA, or a pipeline (folder, hub id, pocket: name)."""
     folder = Path(reference).expanduser()
     if reference.startswith(PREFIX) or not folder.exists():
-        from rewardtune.references import resolve
+        from rewardtune.data.references import resolve
 
         resolve(reference)  # says what is wrong with a name that leads nowhere
         return Side("", reference, PipelineSection(model=reference), known=False)

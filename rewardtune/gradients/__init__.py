@@ -1,6 +1,6 @@
 """Ways to take the reward gradient: one small file each. Prompts and noise -> latents that carry gradient.
 
-To add one: write `gradients/<method>.py` with a function of the type `Method`, add its section to `recipe.py` and a
+To add one: write `gradients/<method>.py` with a function of the type `Method`, add its section to `recipe/sections.py` and a
 line to `METHODS`.
 """
 
@@ -13,14 +13,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from rewardtune.rollout import Chain
+from rewardtune.diffusion.rollout import Chain
 
 
 class Method(Protocol):
     """Run the chain from `noise` and return finished latents (or an estimate of them) with graph.
 
     `rng` is keyed by seed and optimiser step: the same on every process. Keywords are the fields of the method's
-    section in `recipe.py`.
+    section in `recipe/sections.py`.
     """
 
     def __call__(self, chain: Chain, noise: Tensor, rng: random.Random, **settings: Any) -> Tensor: ...

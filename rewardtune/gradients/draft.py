@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rewardtune.rollout import Chain
+from rewardtune.diffusion.rollout import Chain
 
 
 def draft(

@@ -6,7 +6,7 @@ import random
 
 from torch import Tensor
 
-from rewardtune.rollout import Chain
+from rewardtune.diffusion.rollout import Chain
 
 
 def refl(chain: Chain, noise: Tensor, rng: random.Random, *, earliest: float, latest: float) -> Tensor:

@@ -149,7 +149,8 @@ class Oracle(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """All maps of images (B, 3, 64, 64) in [0, 1]."""
         maps, features = self.objects(images)
-        return maps | self.clean(images, features)
+        cleanliness: dict[str, Tensor] = self.clean(images, features)
+        return {**maps, **cleanliness}
 
 
 def fold(tower: nn.Module, into: nn.Module) -> None:
@@ -158,7 +159,7 @@ def fold(tower: nn.Module, into: nn.Module) -> None:
     for name, module in tower.named_modules():
         if isinstance(module, _Conv):
             convolution, norm = module[0], module[1]
-            assert isinstance(convolution, nn.Conv2d)
+            assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
             conv = nn.utils.fuse_conv_bn_eval(convolution.eval(), norm.eval())
             assert conv.bias is not None
             state |= {f"{name}.0.weight": conv.weight, f"{name}.0.bias": conv.bias}

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rewardtune.data import PreferenceGroup, read_records
+from rewardtune.data.images import open_image, to_tensor
+from rewardtune.data.records import PreferenceGroup, read_records
 from rewardtune.errors import DataError
-from rewardtune.images import open_image, to_tensor
-from rewardtune.losses import histogram_target, two_hot_target
-from rewardtune.score import best_device
+from rewardtune.scorer.losses import histogram_target, two_hot_target
 from rewardtune.scorer.model import Scorer, load_scorer
+from rewardtune.scoring.score import best_device
 
 Array = NDArray[np.float64]
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewardtune.data.references import resolve
 from rewardtune.errors import DataError, RecipeError
-from rewardtune.references import resolve
 from rewardtune.scorer.patches import Geometry, patchify, read_geometry
 from rewardtune.scorer.rubric import FILE, Reading, Rubric, load_rubric, reading, save_rubric
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewardtune.data.images import resize
 from rewardtune.errors import DataError
-from rewardtune.images import resize
 
 FILE = "preprocessor_config.json"
 

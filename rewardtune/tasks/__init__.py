@@ -1,4 +1,4 @@
-"""Tasks: one file per thing that can be trained. `train.py` drives any of them and knows none."""
+"""Tasks: one file per thing that can be trained. `training/loop.py` drives any of them and knows none."""
 
 from __future__ import annotations
 

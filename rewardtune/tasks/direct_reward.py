@@ -1,6 +1,6 @@
 """Back-propagate rewards through the sampling chain: roll out, decode, score, differentiate.
 
-The way the gradient is taken is `gradients/`'s; what is maximised is `scoring.py`'s.
+The way the gradient is taken is `gradients/`'s; what is maximised is `scoring/reward_set.py`'s.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rewardtune.diffusion.rollout import Chain
 from rewardtune.plugins import Guidance, Pipeline
 from rewardtune.randomness import choice, epoch_index, generator
-from rewardtune.rollout import Chain
-from rewardtune.scoring import RewardSet
+from rewardtune.scoring.reward_set import RewardSet
 from rewardtune.types import Prompt, StepOutput
 
 

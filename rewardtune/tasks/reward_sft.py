@@ -1,6 +1,6 @@
 """Supervised training of a scorer's distribution on rated pictures: Z-Reward's SFT baseline, and the pocket student.
 
-Rows come from `data.read_records`, the forward pass is `scorer/model.py`, targets and loss are `losses.py`.
+Rows come from `data.read_records`, the forward pass is `scorer/model.py`, targets and loss are `scorer/losses.py`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewardtune import lora
-from rewardtune.data import PreferenceGroup, RatedImage, read_records
+from rewardtune.data.images import open_image, to_tensor
+from rewardtune.data.records import PreferenceGroup, RatedImage, read_records
+from rewardtune.diffusion import lora
 from rewardtune.errors import CheckFailed, DataError, RecipeError
-from rewardtune.images import open_image, to_tensor
-from rewardtune.losses import distribution_cross_entropy, hard_target, histogram_target, two_hot_target
-from rewardtune.objective import expectation
 from rewardtune.randomness import epoch_index
-from rewardtune.recipe import RewardSftRecipe
+from rewardtune.recipe.sections import RewardSftRecipe
 from rewardtune.scorer.evaluate import evaluate_groups, flat
+from rewardtune.scorer.losses import distribution_cross_entropy, hard_target, histogram_target, two_hot_target
 from rewardtune.scorer.model import Scorer, load_scorer, save_scorer
+from rewardtune.scoring.objective import expectation
 from rewardtune.types import Prompt, StepOutput
 
 # every linear layer of the language model, of either kind of attention; the vision tower stays as it is

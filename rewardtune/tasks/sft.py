@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rewardtune.data import CaptionedImage
-from rewardtune.images import open_image, resize, to_tensor
-from rewardtune.parameterisation import density, training_pair
+from rewardtune.data.images import open_image, resize, to_tensor
+from rewardtune.data.records import CaptionedImage
+from rewardtune.diffusion.parameterisation import density, training_pair
 from rewardtune.plugins import Guidance, Pipeline
 from rewardtune.randomness import choice, epoch_index, generator
 from rewardtune.types import StepOutput

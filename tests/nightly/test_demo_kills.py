@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rewardtune.track import read_metrics
+from rewardtune.training.track import read_metrics
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(7200)]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from rewardtune.pipelines.z_image import ZImage
 
-from rewardtune.parameterisation import training_pair
+from rewardtune.diffusion.parameterisation import training_pair
+from rewardtune.diffusion.rollout import Chain, sample
 from rewardtune.plugins import Guidance
-from rewardtune.rollout import Chain, sample
 
 _spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "tiny.py")
 assert _spec and _spec.loader

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from rewardtune import registry
-from rewardtune.recipe_file import load_recipe, recipe_schema
-from rewardtune.shipped import shipped_recipes
+from rewardtune.recipe.file import load_recipe, recipe_schema
+from rewardtune.recipe.shipped import shipped_recipes
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(shipped_recipes())

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from rewardtune import registry, runtime
-from rewardtune.track import read_metrics
+from rewardtune import registry
+from rewardtune.training import runtime
+from rewardtune.training.track import read_metrics
 
 
 def train(recipe: Any, folder: Path, *, until: int) -> dict[str, torch.Tensor]:
     from rewardtune.build import build_task
-    from rewardtune.train import train as loop
+    from rewardtune.training.loop import train as loop
 
     folder.mkdir(parents=True, exist_ok=True)
     where = runtime.start(device="cpu", precision=recipe.train.precision)
@@ -38,7 +39,7 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
 def main(recipes: dict[str, Any], root: Path) -> dict[str, Any]:
     from pydantic import TypeAdapter
 
-    from rewardtune.recipe import Recipe
+    from rewardtune.recipe.sections import Recipe
 
     found = {}
     for name, content in recipes.items():

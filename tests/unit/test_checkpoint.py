@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rewardtune import checkpoint
 from rewardtune.errors import DiskError
+from rewardtune.training import checkpoint
 
 STATE = {"a": 1, "lr": 0.1 + 0.2, "nothing": None}
 

@@ -13,8 +13,8 @@ from urllib.request import url2pathname
 import pytest
 
 from rewardtune import __version__
-from rewardtune.cli import app
-from rewardtune.command import printable
+from rewardtune.cli.app import app
+from rewardtune.cli.command import printable
 
 RECIPE = """\
 task: direct_reward
@@ -97,7 +97,7 @@ def run(capsys):
 def test_quick_commands_import_no_torch(words):
     heavy = ("torch", "transformers", "diffusers", "accelerate", "peft", "scipy")
     program = (
-        "import sys\nfrom rewardtune.cli import app\n"
+        "import sys\nfrom rewardtune.cli.app import app\n"
         f"try:\n    app({words!r})\nexcept SystemExit as left:\n    assert not left.code, left.code\n"
         f"found = [name for name in {heavy!r} if name in sys.modules]\nassert not found, found\n"
     )

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from rewardtune.data import (
+from rewardtune.data.records import (
     PreferenceGroup,
     RatedImage,
     read_captioned_images,
@@ -406,7 +406,7 @@ def test_validate_names_columns_that_nobody_reads(write: Write) -> None:
 
 def test_validate_needs_no_torch(write: Write) -> None:
     path = write(_row())
-    code = f"import sys; from rewardtune.data import validate_file; validate_file({str(path)!r}); " \
+    code = f"import sys; from rewardtune.data.records import validate_file; validate_file({str(path)!r}); " \
            "assert 'torch' not in sys.modules and 'pyarrow' not in sys.modules"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -9,10 +9,11 @@ import pytest
 import torch
 from rewardtune.pipelines.z_image import ZImage
 
-from rewardtune import export, gradients, lora
+from rewardtune import gradients
+from rewardtune.diffusion import export, lora
+from rewardtune.diffusion.rollout import Chain
 from rewardtune.plugins import Guidance, RewardCard
-from rewardtune.rollout import Chain
-from rewardtune.scoring import RewardSet, Term
+from rewardtune.scoring.reward_set import RewardSet, Term
 from rewardtune.tasks.direct_reward import DirectReward
 from rewardtune.types import Prompt, Score
 

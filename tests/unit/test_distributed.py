@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rewardtune import run
 from rewardtune.errors import NonFiniteError, RecipeError
-from rewardtune.track import read_metrics
+from rewardtune.training import run
+from rewardtune.training.track import read_metrics
 
 # Seconds on an idle machine; other work on it must not fail this.
 pytestmark = pytest.mark.timeout(900)
@@ -159,7 +159,7 @@ def workers(folder: Path) -> list[int]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if "rewardtune.launch" in words:
+        if "rewardtune.training.launch" in words:
             jobfile = Path(words[-1]) / "job.json"
             if jobfile.exists() and json.loads(jobfile.read_text())["out"] == str(folder):
                 found.append(process.pid)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from rewardtune.data.images import grid, open_image, resize, to_pil, to_tensor
 from rewardtune.errors import DataError, NonFiniteError
-from rewardtune.images import grid, open_image, resize, to_pil, to_tensor
 
 
 def _picture(width: int = 20, height: int = 12) -> Image.Image:

@@ -8,7 +8,7 @@ from diffusers import ZImageTransformer2DModel
 from torch import nn
 from transformers import Qwen3Config, Qwen3Model
 
-from rewardtune import lora
+from rewardtune.diffusion import lora
 from rewardtune.errors import RecipeError
 
 TARGETS = {"transformer": ["to_q", "to_v"], "text_encoder": ["q_proj", "down_proj"]}

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rewardtune.losses import distribution_cross_entropy, hard_target, histogram_target, two_hot_target
+from rewardtune.scorer.losses import distribution_cross_entropy, hard_target, histogram_target, two_hot_target
 
 HALVES = torch.arange(1.0, 5.5, 0.5)
 NAN = float("nan")

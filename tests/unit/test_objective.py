@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rewardtune.objective import (
+from rewardtune.scoring.objective import (
     deviation,
     exceedance,
     expectation,

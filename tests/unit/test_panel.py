@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from scipy.stats import spearmanr
 
-from rewardtune.data import read_records, validate_file
+from rewardtune.data.records import read_records, validate_file
 from rewardtune.pocket import eye, panel
 from rewardtune.pocket.faults import FAULTS, misread
 from rewardtune.pocket.scenes import BACKGROUNDS, Box, Group, Scene, render, sample_scene
@@ -290,7 +290,7 @@ def test_choices_follow_one_members_ratings() -> None:
     annotate = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = annotate
     spec.loader.exec_module(annotate)
-    from rewardtune.data import PreferenceGroup, RatedImage
+    from rewardtune.data.records import PreferenceGroup, RatedImage
     from rewardtune.types import Prompt
 
     def image(name: str, value: float) -> RatedImage:

@@ -17,12 +17,12 @@ from PIL import Image
 from rewardtune.rewards.pocket_oracle import FACTS_SHARE, TIE_BAND, PocketOracle
 from safetensors import safe_open
 
+from rewardtune.data.references import pocket_path
 from rewardtune.errors import DataError
 from rewardtune.pocket import oracle as network
 from rewardtune.pocket.faults import FAULTS, misread
 from rewardtune.pocket.oracle import Detection, Reading, check
 from rewardtune.pocket.scenes import Scene, render, sample_scene
-from rewardtune.references import pocket_path
 from rewardtune.types import Prompt, Score
 
 ROOT = Path(__file__).parents[2]

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewardtune.errors import DataError, RecipeError
-from rewardtune.recipe import DraftSection
-from rewardtune.recipe_file import format_overrides, load_recipe, recipe_schema
-from rewardtune.strict_yaml import parse
+from rewardtune.recipe.file import format_overrides, load_recipe, recipe_schema
+from rewardtune.recipe.sections import DraftSection
+from rewardtune.recipe.strict_yaml import parse
 
 GOOD = """\
 # a comment

@@ -212,13 +212,13 @@ def test_a_checkout_that_is_not_installed_says_so(rewards):
 
 def test_the_public_names_are_lazy_and_train_is_both_module_and_function():
     import rewardtune.compare
-    import rewardtune.train
+    import rewardtune.training.loop
 
-    assert callable(rewardtune.train)
+    assert callable(rewardtune.training.loop)
     assert callable(rewardtune.compare)
-    assert callable(rewardtune.train.build_state)  # still the module
+    assert callable(rewardtune.training.loop.build_state)  # still the module
     assert rewardtune.register_reward is registry.register_reward
-    assert rewardtune.load_reward.__module__ == "rewardtune.scoring"
+    assert rewardtune.load_reward.__module__ == "rewardtune.scoring.reward_set"
     assert {"load_reward", "train", "compare", "register_reward"} <= set(dir(rewardtune))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = rewardtune.nothing

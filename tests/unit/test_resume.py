@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from rewardtune.images import to_pil
+from rewardtune.data.images import to_pil
 
 # Seconds on an idle machine; other work on it must not fail this.
 pytestmark = pytest.mark.timeout(900)
@@ -99,7 +99,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rewardtune.build", "rewardtune.train", "accelerate"])
+    context.set_forkserver_preload(["rewardtune.build", "rewardtune.training.loop", "accelerate"])
     processes = []
     for world in (1, 2):
         for rank in range(world):

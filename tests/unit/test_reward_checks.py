@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rewardtune.plugins import RewardCard
-from rewardtune.reward_checks import check_reward, probe_images
+from rewardtune.scoring.checks import check_reward, probe_images
 from rewardtune.types import Score
 
 CARD = RewardCard("toy", "a toy", differentiable=True, needs_prompt=False, range=(0.0, 1.0), native_resolution=16)

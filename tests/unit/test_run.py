@@ -17,9 +17,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from rewardtune import run
 from rewardtune.errors import DiskError, NonFiniteError, RecipeError
-from rewardtune.track import read_metrics
+from rewardtune.training import run
+from rewardtune.training.track import read_metrics
 
 # Seconds on an idle machine; other work on it must not fail this.
 pytestmark = pytest.mark.timeout(900)

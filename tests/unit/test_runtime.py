@@ -7,8 +7,8 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from torch import nn
 
-from rewardtune import optim, runtime
 from rewardtune.errors import MissingExtra, RecipeError
+from rewardtune.training import optim, runtime
 
 
 def test_devices() -> None:

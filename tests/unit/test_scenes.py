@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rewardtune.data import read_captioned_images, read_prompts
-from rewardtune.images import open_image
+from rewardtune.data.images import open_image
+from rewardtune.data.records import read_captioned_images, read_prompts
 from rewardtune.pocket import panel
 from rewardtune.pocket.faults import FAULTS, misread
 from rewardtune.pocket.scenes import (

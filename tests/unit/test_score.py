@@ -16,7 +16,7 @@ from torch import Tensor
 from rewardtune import registry
 from rewardtune.errors import DataError, NonFiniteError, RecipeError
 from rewardtune.plugins import Options, RewardCard
-from rewardtune.score import find_images, parse_spec, parse_specs, score_images
+from rewardtune.scoring.score import find_images, parse_spec, parse_specs, score_images
 from rewardtune.types import Score
 
 LEVELS = torch.tensor([1.0, 2.0, 3.0])

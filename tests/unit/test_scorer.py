@@ -19,10 +19,10 @@ from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
-from rewardtune.data import PreferenceGroup, RatedImage, write_records
+from rewardtune.data.images import to_tensor
+from rewardtune.data.records import PreferenceGroup, RatedImage, write_records
 from rewardtune.errors import DataError, RecipeError
-from rewardtune.images import to_tensor
-from rewardtune.recipe import RewardSftRecipe
+from rewardtune.recipe.sections import RewardSftRecipe
 from rewardtune.scorer.evaluate import evaluate_groups
 from rewardtune.scorer.model import Scorer, load_scorer, save_scorer
 from rewardtune.scorer.patches import Geometry, patchify

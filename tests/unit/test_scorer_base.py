@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rewardtune.images import to_tensor
+from rewardtune.data.images import to_tensor
+from rewardtune.data.references import pocket_path
 from rewardtune.pocket.faults import misread
 from rewardtune.pocket.scenes import render, sample_scene
-from rewardtune.references import pocket_path
 from rewardtune.scorer.model import Scorer, load_scorer
 from rewardtune.scorer.rubric import Level, reading
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rewardtune.errors import NonFiniteError
-from rewardtune.objective import statistic
 from rewardtune.plugins import RewardCard
-from rewardtune.scoring import RewardSet, Term, reduce
+from rewardtune.scoring.objective import statistic
+from rewardtune.scoring.reward_set import RewardSet, Term, reduce
 from rewardtune.types import Score
 
 IMAGES = torch.linspace(0, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)

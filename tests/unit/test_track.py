@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rewardtune import track
+from rewardtune.training import track
 
 ASKED: dict[str, Any] = {"project": "p", "name": "n", "run_id": "0123abcd", "config": {"train": {"steps": 2}}}
 

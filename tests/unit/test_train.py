@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewardtune import checkpoint as checkpoints
 from rewardtune.errors import DiskError, NonFiniteError, OutOfMemoryError, RecipeError
-from rewardtune.recipe import CheckpointSection, OptimizerSection, TrainSection
-from rewardtune.signals import Stop
-from rewardtune.state import State, build_state
-from rewardtune.track import read_metrics
-from rewardtune.train import train
+from rewardtune.recipe.sections import CheckpointSection, OptimizerSection, TrainSection
+from rewardtune.training import checkpoint as checkpoints
+from rewardtune.training.loop import train
+from rewardtune.training.signals import Stop
+from rewardtune.training.state import State, build_state
+from rewardtune.training.track import read_metrics
 from rewardtune.types import StepOutput
 
 _spec = importlib.util.spec_from_file_location("tiny_task", Path(__file__).with_name("tiny_task.py"))
@@ -312,7 +312,7 @@ def test_a_full_disk_is_survived_for_a_while(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_metrics_wait_for_a_disk_with_space(tmp_path: Path) -> None:
-    from rewardtune.track import MetricsFile
+    from rewardtune.training.track import MetricsFile
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     metrics = MetricsFile(tmp_path / "metrics.jsonl", after=0)

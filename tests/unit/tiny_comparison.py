@@ -14,8 +14,8 @@ from rewardtune.compare.report import measure_diversity, report_id, summarise
 from rewardtune.compare.sampling import Plan, image_file
 from rewardtune.compare.scores import Scored
 from rewardtune.compare.sides import Side
-from rewardtune.recipe import PipelineSection
-from rewardtune.score import ImageScore
+from rewardtune.recipe.sections import PipelineSection
+from rewardtune.scoring.score import ImageScore
 from rewardtune.types import Prompt
 
 LEVELS = [1.0 + 0.5 * i for i in range(9)]

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from rewardtune.errors import NonFiniteError, RewardTuneError
 from rewardtune.randomness import generator
-from rewardtune.recipe import DirectRewardRecipe
-from rewardtune.recipe_file import LoadedRecipe
+from rewardtune.recipe.file import LoadedRecipe
+from rewardtune.recipe.sections import DirectRewardRecipe
 from rewardtune.types import StepOutput
 
 
@@ -150,7 +150,7 @@ def start(job: Mapping[str, Any], *, stderr: Path, env: Mapping[str, str] | None
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["accelerate", "diffusers.optimization", "rewardtune.train", "rewardtune.run_folder"]
+        ["accelerate", "diffusers.optimization", "rewardtune.training.loop", "rewardtune.training.run_folder"]
     )
     process = context.Process(
         target=runpy.run_path,
@@ -162,7 +162,7 @@ def start(job: Mapping[str, Any], *, stderr: Path, env: Mapping[str, str] | None
 
 
 def main(job: Mapping[str, Any]) -> None:
-    from rewardtune.run import train_recipe
+    from rewardtune.training.run import train_recipe
 
     settings = {key: value for key, value in job.items() if key not in ("out", "nproc", "allow_changed")}
     rest = {"nproc": job.get("nproc", 1), "allow_changed": job.get("allow_changed", ()), "plugins": [__file__]}

@@ -18,7 +18,7 @@ from typing import Literal
 
 from rewardtune import __version__, registry
 from rewardtune.errors import RewardTuneError
-from rewardtune.validate import missing_requirement
+from rewardtune.recipe.validate import missing_requirement
 
 PACKAGES = (
     "torch",

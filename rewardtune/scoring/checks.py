@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rewardtune.data import read_prompts
+from rewardtune.data.records import read_prompts
 from rewardtune.errors import RewardTuneError
 from rewardtune.plugins import Reward
 from rewardtune.randomness import generator

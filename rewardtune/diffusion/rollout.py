@@ -54,7 +54,7 @@ class Chain:
 
     def clean(self, i: int, latents: Tensor) -> Tensor:
         """One prediction at step i, turned into an estimate of the finished latents x0."""
-        from rewardtune.parameterisation import clean_estimate
+        from rewardtune.diffusion.parameterisation import clean_estimate
 
         return clean_estimate(self._states[0], i, self.timesteps[i], latents, self.predict(i, latents))
 

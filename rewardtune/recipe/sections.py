@@ -1,6 +1,6 @@
 """What a recipe may say: one class per section, one recipe class per task. No torch here.
 
-Reading files, overrides and error messages are `recipe_file.py`'s; turning a recipe into objects is `build.py`'s.
+Reading files, overrides and error messages are `file.py`'s; turning a recipe into objects is `build.py`'s.
 Every default that no paper gives is ours; the docs say so.
 """
 

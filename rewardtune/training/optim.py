@@ -1,4 +1,4 @@
-"""Optimiser and learning-rate schedule by name; their state as tensors and plain JSON. Used by `train.py`."""
+"""Optimiser and learning-rate schedule by name; their state as tensors and plain JSON. Used by `loop.py`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The command line: each command parses, then imports the function that does it. No torch before that.
 
-Lists of what is there (rewards, pipelines, recipes, environment) are `cli_lists.py`'s.
+Lists of what is there (rewards, pipelines, recipes, environment) are `lists.py`'s.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from rewardtune import __version__
-from rewardtune.cli_lists import add_lists
-from rewardtune.command import Json, command, printable, quiet_stdout, show, show_json, show_table
+from rewardtune.cli.command import Json, command, printable, quiet_stdout, show, show_json, show_table
+from rewardtune.cli.lists import add_lists
 from rewardtune.errors import RecipeError, RewardTuneError
 
 app = typer.Typer(
@@ -57,11 +57,11 @@ def train(
     ] = None,
 ) -> None:
     """Run a recipe. An unfinished run folder of the same recipe is continued from its newest valid checkpoint."""
-    from rewardtune.recipe_file import load_recipe
+    from rewardtune.recipe.file import load_recipe
     from rewardtune.registry import loaded_plugins
 
     loaded = load_recipe(recipe, overrides or (), files=True)
-    from rewardtune.run import train_recipe
+    from rewardtune.training.run import train_recipe
 
     folder = train_recipe(
         loaded,
@@ -108,11 +108,11 @@ def _validated(word: str, overrides: list[str]) -> dict[str, Any]:
     result: dict[str, Any] = {"file": word, "ok": True, "summary": "", "error": None, "exit_code": 0}
     try:
         if word.endswith(DATA_SUFFIXES):
-            from rewardtune.data import validate_file
+            from rewardtune.data.records import validate_file
 
             result["summary"] = validate_file(word).describe()
         else:
-            from rewardtune.recipe_file import load_recipe
+            from rewardtune.recipe.file import load_recipe
 
             loaded = load_recipe(word, overrides, files=True)
             result["summary"] = f"{loaded.source}: task {loaded.recipe.task}, {loaded.recipe.train.steps} steps"
@@ -191,7 +191,7 @@ def score(
 ) -> None:
     """Score images on disk, one row an image."""
     with quiet_stdout():
-        from rewardtune.score import score_images
+        from rewardtune.scoring.score import score_images
 
         document = score_images(reward, images=images, prompts=prompts, device=device, batch_size=batch_size)
     if as_json:
@@ -245,7 +245,7 @@ def export(
 ) -> None:
     """Write a run's newest weights for other tools, with card and metadata; reloads them before it is done."""
     with quiet_stdout():
-        from rewardtune.run import export_run
+        from rewardtune.training.run import export_run
 
         folder = export_run(run, out=out)
     show(str(folder))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rewardtune.command import Json, command, quiet_stdout, show, show_json, show_table
+from rewardtune.cli.command import Json, command, quiet_stdout, show, show_json, show_table
 from rewardtune.errors import CheckFailed, PluginError, RecipeError
 
 rewards = typer.Typer(help="Rewards: what there is, what each one is, and whether it keeps the contract.")
@@ -66,7 +66,7 @@ def reward_row(name: str) -> dict[str, Any]:
     }
     why_not = registry.rewards.trouble(name)
     if why_not is None and registry.rewards.is_at_hand(name):
-        from rewardtune.validate import missing_requirement
+        from rewardtune.recipe.validate import missing_requirement
 
         try:
             card = registry.rewards.card(name)
@@ -89,7 +89,7 @@ def reward_row(name: str) -> dict[str, Any]:
 def rewards_show(name: RewardName, as_json: Json = False) -> None:
     """One reward's card and the options that a recipe may give it."""
     from rewardtune import registry
-    from rewardtune.score import card_document
+    from rewardtune.scoring.score import card_document
 
     plugin: Any = registry.rewards.load_class(name)
     document = card_document(plugin.card) | {"source": registry.rewards.source(name)}
@@ -114,13 +114,13 @@ def rewards_test(
 ) -> None:
     """Run the contract checks on this machine: gradients, independence of the batch, determinism."""
     from rewardtune import registry
-    from rewardtune.score import parse_spec
+    from rewardtune.scoring.score import parse_spec
 
     name, options = parse_spec(spec)
     registry.rewards.load_class(name)
     with quiet_stdout():
-        from rewardtune.reward_checks import check_reward
-        from rewardtune.scoring import load_reward
+        from rewardtune.scoring.checks import check_reward
+        from rewardtune.scoring.reward_set import load_reward
 
         checks = check_reward(load_reward(name, device=device, **options), device=device)
     if as_json:
@@ -177,7 +177,7 @@ def _pipeline_row(name: str) -> dict[str, Any]:
 @command(recipes, "list")
 def recipes_list(as_json: Json = False) -> None:
     """Recipes that `rewardtune train NAME` runs."""
-    from rewardtune.shipped import shipped_recipes
+    from rewardtune.recipe.shipped import shipped_recipes
 
     rows: list[dict[str, Any]] = []
     for name, file in shipped_recipes().items():
@@ -193,7 +193,7 @@ def recipes_list(as_json: Json = False) -> None:
 @command(recipes, "show")
 def recipes_show(name: Annotated[str, typer.Argument(help="A name of `recipes list`, or a file.")]) -> None:
     """The recipe's text."""
-    from rewardtune.shipped import find_recipe
+    from rewardtune.recipe.shipped import find_recipe
 
     show(find_recipe(name).read_text(encoding="utf-8").rstrip("\n"))
 
@@ -204,7 +204,7 @@ def recipes_copy(
     path: Annotated[Path, typer.Argument(help="A new file, or a folder to put it in.")],
 ) -> None:
     """Copy a shipped recipe beside your work, to edit it."""
-    from rewardtune.shipped import find_recipe
+    from rewardtune.recipe.shipped import find_recipe
 
     source = find_recipe(name)
     target = path / source.name if path.is_dir() else path
@@ -227,14 +227,14 @@ _SCHEMA = re.compile(r"^# yaml-language-server: \$schema=(\S+)", re.MULTILINE)
 
 def schema() -> None:
     """JSON Schema of a recipe, for editors: rewardtune schema > recipe.schema.json"""
-    from rewardtune.recipe_file import recipe_schema
+    from rewardtune.recipe.file import recipe_schema
 
     show_json(recipe_schema())
 
 
 def env(as_json: Json = False) -> None:
     """Versions and hardware, ready to paste into an issue."""
-    from rewardtune.environment import describe
+    from rewardtune.cli.environment import describe
 
     with quiet_stdout():
         facts = describe()
@@ -247,7 +247,7 @@ def env(as_json: Json = False) -> None:
 
 def doctor(as_json: Json = False) -> None:
     """Check this machine and installation; every failed check says how to mend it."""
-    from rewardtune.environment import diagnose
+    from rewardtune.cli.environment import diagnose
 
     with quiet_stdout():
         findings = diagnose()

@@ -1,6 +1,6 @@
 """A run folder from start to end: who may continue it, what is recorded in it, training, evaluation, export.
 
-`cli.py` and notebooks call `train_recipe`; the loop itself is `train.py`, the objects come from `build.py`.
+`cli/app.py` and notebooks call `train_recipe`; the loop itself is `loop.py`, the objects come from `build.py`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewardtune.errors import DiskError, RecipeError, RewardTuneError
-from rewardtune.recipe import DirectRewardRecipe, SftRecipe
+from rewardtune.recipe.sections import DirectRewardRecipe, SftRecipe
 
 if TYPE_CHECKING:
-    from rewardtune.recipe_file import LoadedRecipe
-    from rewardtune.runtime import Runtime
-    from rewardtune.state import State
+    from rewardtune.recipe.file import LoadedRecipe
     from rewardtune.tasks import Task
+    from rewardtune.training.runtime import Runtime
+    from rewardtune.training.state import State
 
 
 def train_recipe(
@@ -46,13 +46,13 @@ def train_recipe(
     if nproc < 1:
         raise RecipeError(f"--nproc {nproc}: give 1 or more processes.")
     if nproc > 1 and "RANK" not in os.environ:
-        from rewardtune import launch
+        from rewardtune.training import launch
 
         return launch.train_recipe(
             loaded, out=folder, fresh=fresh, allow_changed=allow_changed, dry_run=dry_run, nproc=nproc, plugins=plugins
         )
-    from rewardtune import run_folder, runtime
-    from rewardtune.signals import Stop
+    from rewardtune.training import run_folder, runtime
+    from rewardtune.training.signals import Stop
 
     stop = Stop()
     with stop.listening():
@@ -80,11 +80,11 @@ def export_run(run: str | Path, *, out: str | Path | None = None) -> Path:
 
     from pydantic import TypeAdapter
 
-    from rewardtune import checkpoint as checkpoints
-    from rewardtune import run_folder, runtime
     from rewardtune.build import build_task
-    from rewardtune.recipe import Recipe
-    from rewardtune.state import build_state
+    from rewardtune.recipe.sections import Recipe
+    from rewardtune.training import checkpoint as checkpoints
+    from rewardtune.training import run_folder, runtime
+    from rewardtune.training.state import build_state
 
     folder = Path(run)
     record = folder / "recipe.json"
@@ -125,14 +125,14 @@ def _export(task: Task, state: State, target: Path, provenance: dict[str, str]) 
 
 def _run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any, run_id: str) -> None:
     """Build, train, evaluate, export."""
-    from rewardtune.train import train
+    from rewardtune.training.loop import train
 
     recipe = loaded.recipe
     with stop.leaving_at_once():
         task = _build(loaded, where)
     trackers = None
     if where.main:
-        from rewardtune.track import build_trackers
+        from rewardtune.training.track import build_trackers
 
         track = recipe.track
         trackers = build_trackers(
@@ -170,9 +170,9 @@ def _run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any, run_i
 
 def _finish(task: Task, state: State, *, folder: Path, where: Runtime) -> dict[str, float]:
     """Evaluate and export with the final weights, then mark the run as finished."""
-    from rewardtune import run_folder
-    from rewardtune.checkpoint import write_json
-    from rewardtune.train import evaluating
+    from rewardtune.training import run_folder
+    from rewardtune.training.checkpoint import write_json
+    from rewardtune.training.loop import evaluating
 
     with evaluating(task, state, where):
         evaluation = dict(task.evaluate())
@@ -203,9 +203,9 @@ def _dry_run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any) -
     """Everything once: build, a step, a checkpoint, a reload; say what a whole run would take."""
     import torch
 
-    from rewardtune import checkpoint as checkpoints
-    from rewardtune.track import read_metrics
-    from rewardtune.train import train
+    from rewardtune.training import checkpoint as checkpoints
+    from rewardtune.training.loop import train
+    from rewardtune.training.track import read_metrics
 
     recipe = loaded.recipe
     with stop.leaving_at_once():
@@ -260,7 +260,7 @@ def _together(where: Runtime, action: Any) -> Any:
 @contextmanager
 def _locked(folder: Path, where: Runtime) -> Iterator[None]:
     """Create the folder and hold its lock, so that two runs cannot write into it at once."""
-    from rewardtune import run_folder
+    from rewardtune.training import run_folder
 
     descriptor = _together(where, lambda: run_folder.lock(folder))
     try:

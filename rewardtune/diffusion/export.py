@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewardtune.data.references import resolve
+from rewardtune.diffusion.rollout import sample
 from rewardtune.errors import CheckFailed
 from rewardtune.plugins import Guidance, Pipeline
-from rewardtune.references import resolve
-from rewardtune.rollout import sample
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _PROBE_STEPS = 2

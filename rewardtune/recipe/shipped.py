@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from rewardtune.errors import RecipeError
-from rewardtune.suggest import closest
+from rewardtune.recipe.suggest import closest
 
 
 def shipped_recipes() -> dict[str, Path]:

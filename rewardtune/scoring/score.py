@@ -17,8 +17,8 @@ from rewardtune.errors import DataError, RecipeError
 from rewardtune.types import Prompt
 
 if TYPE_CHECKING:
+    from rewardtune.data.rows import Mistakes
     from rewardtune.plugins import Reward, RewardCard
-    from rewardtune.rows import Mistakes
     from rewardtune.types import Score
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -56,7 +56,7 @@ def score_images(
     Raises RecipeError for the spec, DataError for images and prompts, NonFiniteError for a value that is not finite.
     """
     from rewardtune import registry
-    from rewardtune.scoring import load_reward
+    from rewardtune.scoring.reward_set import load_reward
 
     name, options = parse_spec(spec)
     card: RewardCard = registry.rewards.card(name)
@@ -97,8 +97,8 @@ def score_files(
     """Open and score images in order, a batch at a time; a batch ends early where the picture size changes."""
     import torch
 
-    from rewardtune.images import open_image, to_tensor
-    from rewardtune.scoring import check
+    from rewardtune.data.images import open_image, to_tensor
+    from rewardtune.scoring.reward_set import check
 
     start = 0
     while start < len(files):
@@ -157,7 +157,7 @@ def find_images(source: Path) -> tuple[list[Path], list[Prompt] | None]:
         return found, None
     if not source.exists():
         raise DataError(f"{source}: there is no such folder or manifest.")
-    from rewardtune.rows import ImageFolder, Mistakes, read_rows
+    from rewardtune.data.rows import ImageFolder, Mistakes, read_rows
 
     mistakes, folder = Mistakes(source), ImageFolder(source.parent)
     files: list[Path] = []
@@ -221,7 +221,7 @@ def _prompts_for(
 ) -> list[Prompt] | None:
     if source is None:
         return captions
-    from rewardtune.data import read_prompts
+    from rewardtune.data.records import read_prompts
 
     prompts = list(read_prompts(str(source)))
     if len(prompts) == 1:
@@ -236,7 +236,7 @@ def _prompts_for(
 
 def _prompt(text: Any, row: Mapping[str, Any], line: int, mistakes: Mistakes) -> Prompt | None:
     """A row's prompt with the other columns as metadata, as `read_prompts` gives it."""
-    from rewardtune.rows import check_text
+    from rewardtune.data.rows import check_text
 
     if text is None or not check_text(text, "prompt", line, mistakes):
         return None

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rewardtune.errors import NonFiniteError
-from rewardtune.objective import Statistic, expectation
 from rewardtune.plugins import Reward
+from rewardtune.scoring.objective import Statistic, expectation
 from rewardtune.types import Score
 
 

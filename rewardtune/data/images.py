@@ -1,6 +1,6 @@
 """Pictures in and out: files are opened here and nowhere else, with limits set before a pixel is decoded.
 
-Between files and models: `data.py` names the files, tasks and rewards take the tensors.
+Between files and models: `records.py` names the files, tasks and rewards take the tensors.
 """
 
 from __future__ import annotations

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rewardtune.errors import DataError
-from rewardtune.images import open_image
-from rewardtune.references import PREFIX, pocket_path
-from rewardtune.rows import (
+from rewardtune.data.images import open_image
+from rewardtune.data.references import PREFIX, pocket_path
+from rewardtune.data.rows import (
     SHOWN,
     ImageFolder,
     Mistakes,
@@ -29,6 +28,7 @@ from rewardtune.rows import (
     text_lines,
     write_parquet,
 )
+from rewardtune.errors import DataError
 from rewardtune.types import Prompt
 
 Kind = Literal["prompts", "captioned-images", "preferences"]

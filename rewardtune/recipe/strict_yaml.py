@@ -1,6 +1,6 @@
 """YAML as recipes use it: the core schema of YAML 1.2, bounded in size, with the line of every key.
 
-`recipe_file.py` reads recipes and the values of overrides through here. 1e-4 is a number, only true and false are
+`file.py` reads recipes and the values of overrides through here. 1e-4 is a number, only true and false are
 booleans, a repeated key is a mistake, and a file that would grow when its aliases are expanded is refused.
 """
 

@@ -1,6 +1,6 @@
 """What all commands share: --plugin, --traceback, errors as one paragraph with their exit code, JSON on its own.
 
-`cli.py` declares the commands with `command`; nothing here knows one of them.
+`app.py` declares the commands with `command`; nothing here knows one of them.
 """
 
 from __future__ import annotations

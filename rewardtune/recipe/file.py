@@ -1,6 +1,6 @@
 """From a recipe's text to a checked recipe: find the file, apply overrides, validate, and name every mistake at once.
 
-`cli.py` and `run.py` call `load_recipe`; the sections themselves are `recipe.py`'s, joins and paths `validate.py`'s.
+`cli/app.py` and `training/run.py` call `load_recipe`; the sections themselves are `sections.py`'s, joins and paths `validate.py`'s.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from rewardtune import strict_yaml
 from rewardtune.errors import DataError, RecipeError
-from rewardtune.mistakes import Loc, Mistake, dotted, schema_mistakes, shown
-from rewardtune.recipe import TASKS, DirectRewardRecipe, Recipe, RewardSftRecipe, SftRecipe
-from rewardtune.shipped import find_recipe
-from rewardtune.strict_yaml import Document
-from rewardtune.suggest import closest
-from rewardtune.validate import check_files, check_joins
+from rewardtune.recipe import strict_yaml
+from rewardtune.recipe.mistakes import Loc, Mistake, dotted, schema_mistakes, shown
+from rewardtune.recipe.sections import TASKS, DirectRewardRecipe, Recipe, RewardSftRecipe, SftRecipe
+from rewardtune.recipe.shipped import find_recipe
+from rewardtune.recipe.strict_yaml import Document
+from rewardtune.recipe.suggest import closest
+from rewardtune.recipe.validate import check_files, check_joins
 
 MAX_SHOWN = 30
 

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from rewardtune import __version__, registry
-from rewardtune.checkpoint import write_json, write_text
 from rewardtune.errors import DiskError, RecipeError
-from rewardtune.recipe import Recipe
+from rewardtune.recipe.sections import Recipe
+from rewardtune.training.checkpoint import write_json, write_text
 
 if TYPE_CHECKING:
-    from rewardtune.recipe_file import LoadedRecipe
+    from rewardtune.recipe.file import LoadedRecipe
 
 FINISHED = "finished.json"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")

@@ -1,6 +1,6 @@
 """Mistakes in a recipe, in words that its author uses: pydantic's errors become sentences with suggestions.
 
-`recipe_file.py` uses this for the sections, `validate.py` for the options of plug-ins.
+`file.py` uses this for the sections, `validate.py` for the options of plug-ins.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from rewardtune.suggest import closest
+from rewardtune.recipe.suggest import closest
 
 Loc = tuple[str | int, ...]
 

@@ -1,7 +1,7 @@
 """Several processes on this machine through torch's elastic agent, for `run.py`; and what each of them does.
 
-A worker is `python -m rewardtune.launch JOB`: it runs `run.train_recipe` again, now with RANK set. What it raises
-comes back through a file, so the caller sees the same error as with one process.
+A worker is `python -m rewardtune.training.launch JOB`: it runs `run.train_recipe` again, now with RANK set. What it
+raises comes back through a file, so the caller sees the same error as with one process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rewardtune import errors
 from rewardtune.errors import RecipeError, RewardTuneError
 
 if TYPE_CHECKING:
-    from rewardtune.recipe_file import LoadedRecipe
+    from rewardtune.recipe.file import LoadedRecipe
 
 SHUTDOWN_SECONDS = 50
 """How long workers may take to finish a step and save after a signal, or after one of them died (ours)."""
@@ -84,7 +84,7 @@ def train_recipe(
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        elastic_launch(config, sys.executable)("-m", "rewardtune.launch", str(job))
+        elastic_launch(config, sys.executable)("-m", "rewardtune.training.launch", str(job))
     except SignalException as error:
         _raise_first(job)
         raise SystemExit(128 + int(error.sigval)) from None
@@ -112,9 +112,10 @@ def work(job: Path) -> int:
     """What one worker does; returns its exit code."""
     from pydantic import TypeAdapter
 
-    from rewardtune import registry, run
-    from rewardtune.recipe import Recipe
-    from rewardtune.recipe_file import LoadedRecipe
+    from rewardtune import registry
+    from rewardtune.recipe.file import LoadedRecipe
+    from rewardtune.recipe.sections import Recipe
+    from rewardtune.training import run
 
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     settings: dict[str, Any] = json.loads((job / "job.json").read_text())

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from rewardtune.checkpoint import write_text
+from rewardtune.training.checkpoint import write_text
 
 
 class MetricsFile:

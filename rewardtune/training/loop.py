@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewardtune import checkpoint as checkpoints
-from rewardtune import optim, runtime
 from rewardtune.errors import DiskError, NonFiniteError, OutOfMemoryError, RecipeError
 from rewardtune.randomness import key
-from rewardtune.recipe import CheckpointSection, OptimizerSection, TrainSection
-from rewardtune.runtime import Runtime
-from rewardtune.signals import Stop
-from rewardtune.state import State, build_state
+from rewardtune.recipe.sections import CheckpointSection, OptimizerSection, TrainSection
 from rewardtune.tasks import Task
-from rewardtune.track import MetricsFile, Progress, Trackers
+from rewardtune.training import checkpoint as checkpoints
+from rewardtune.training import optim, runtime
+from rewardtune.training.runtime import Runtime
+from rewardtune.training.signals import Stop
+from rewardtune.training.state import State, build_state
+from rewardtune.training.track import MetricsFile, Progress, Trackers
 
 FAILED_SAVES = 3
 """Checkpoints in a row that may fail to be written before the run ends (ours)."""
@@ -272,7 +272,7 @@ def _samples(task: Task, state: State, loop: Loop, *, again: bool = True) -> Non
         raise
     if images is None:
         return
-    from rewardtune.images import grid
+    from rewardtune.data.images import grid
 
     try:
         path.parent.mkdir(exist_ok=True)

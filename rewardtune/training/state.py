@@ -1,6 +1,6 @@
 """What training changes and a checkpoint holds: trained parameters, optimiser, schedule, moving average, counters.
 
-`train.py` moves it on step by step; `checkpoint.py` writes and reads it.
+`loop.py` moves it on step by step; `checkpoint.py` writes and reads it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewardtune import optim
-from rewardtune.checkpoint import Checkpoint
-from rewardtune.ema import Ema
 from rewardtune.errors import RecipeError
-from rewardtune.recipe import OptimizerSection, TrainSection
+from rewardtune.recipe.sections import OptimizerSection, TrainSection
 from rewardtune.tasks import Task
+from rewardtune.training import optim
+from rewardtune.training.checkpoint import Checkpoint
+from rewardtune.training.ema import Ema
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Rows of text, JSON-lines and Parquet files with their line numbers, and the checks that every format shares.
 
-Below `data.py`, which knows what the columns mean. Mistakes are collected, so that a person mends a file in one go.
+Below `records.py`, which knows what the columns mean. Mistakes are collected, so that a person mends a file in one go.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Checkpoints that are either whole or not there: temporary folder, fsync, sha256 manifest, rename, prune.
 
-`train.py` decides what goes in; this file knows tensors and JSON only.
+`loop.py` decides what goes in; this file knows tensors and JSON only.
 """
 
 from __future__ import annotations

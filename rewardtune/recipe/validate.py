@@ -1,6 +1,6 @@
 """Checks that need more than the schema, still without torch: do the parts named in a recipe exist and fit together?
 
-`recipe_file.py` calls these on the plain data of a recipe, so that they speak even where the schema found mistakes.
+`file.py` calls these on the plain data of a recipe, so that they speak even where the schema found mistakes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from rewardtune import registry
+from rewardtune.data.references import PREFIX, pocket_path, resolve
 from rewardtune.errors import DataError, PluginError, RecipeError, RewardTuneError
-from rewardtune.mistakes import Loc, Mistake, dotted, schema_mistakes, value_at
 from rewardtune.plugins import RewardCard
-from rewardtune.references import PREFIX, pocket_path, resolve
-from rewardtune.suggest import closest
+from rewardtune.recipe.mistakes import Loc, Mistake, dotted, schema_mistakes, value_at
+from rewardtune.recipe.suggest import closest
 
 HEAD_BYTES = 1_000_000
 """Data files up to this size are read whole; of larger ones only the first rows, so that validate stays quick."""
@@ -224,7 +224,7 @@ def _existing(reference: str) -> Path:
 
 def _check_data_file(reference: str, *, kind: str) -> None:
     path = _existing(reference)
-    from rewardtune import data
+    from rewardtune.data import records as data
 
     if path.stat().st_size <= HEAD_BYTES:
         readers: dict[str, Callable[[str], object]] = {

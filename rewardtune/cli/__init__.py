@@ -1,0 +1,1 @@
+"""The command line: one Typer app, its lists, and what all commands share."""

@@ -1,0 +1,1 @@
+"""What comes in: preference records, captioned images, prompts, pictures, and where they lie."""

@@ -1,0 +1,1 @@
+"""Denoising with gradients: parameterisations, rollouts, LoRA and export of diffusion pipelines."""
