@@ -137,7 +137,16 @@ def test_light_modules_load_no_heavy_library(name):
 LAYERS = [
     ("types", "errors", "randomness", "recipe.suggest", "recipe.strict_yaml", "data.references"),
     ("plugins", "recipe", "data.images", "scoring.objective", "diffusion.parameterisation"),
-    ("diffusion", "scoring.reward_set", "scorer", "data.records", "registry", "gradients", "recipe.validate", "recipe.file"),
+    (
+        "diffusion",
+        "scoring.reward_set",
+        "scorer",
+        "data.records",
+        "registry",
+        "gradients",
+        "recipe.validate",
+        "recipe.file",
+    ),
     ("tasks",),
     ("build",),
     ("cli",),

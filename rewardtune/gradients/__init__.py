@@ -1,7 +1,7 @@
 """Ways to take the reward gradient: one small file each. Prompts and noise -> latents that carry gradient.
 
-To add one: write `gradients/<method>.py` with a function of the type `Method`, add its section to `recipe/sections.py` and a
-line to `METHODS`.
+To add one: write `gradients/<method>.py` with a function of the type `Method`, add its section to
+`recipe/sections.py` and a line to `METHODS`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """From a recipe's text to a checked recipe: find the file, apply overrides, validate, and name every mistake at once.
 
-`cli/app.py` and `training/run.py` call `load_recipe`; the sections themselves are `sections.py`'s, joins and paths `validate.py`'s.
+`cli/app.py` and `training/run.py` call `load_recipe`; the sections themselves are `sections.py`'s, joins and paths
+`validate.py`'s.
 """
 
 from __future__ import annotations

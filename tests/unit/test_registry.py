@@ -210,13 +210,12 @@ def test_a_checkout_that_is_not_installed_says_so(rewards):
     assert "pip install -e ." in refusal(rewards, "zreward")
 
 
-def test_the_public_names_are_lazy_and_train_is_both_module_and_function():
-    import rewardtune.compare
-    import rewardtune.training.loop
+def test_the_public_names_are_lazy_and_compare_is_both_package_and_function():
+    import rewardtune.compare.statistics
 
-    assert callable(rewardtune.training.loop)
+    assert callable(rewardtune.train)
     assert callable(rewardtune.compare)
-    assert callable(rewardtune.training.loop.build_state)  # still the module
+    assert callable(rewardtune.compare.statistics.net_win_rate)  # still the package
     assert rewardtune.register_reward is registry.register_reward
     assert rewardtune.load_reward.__module__ == "rewardtune.scoring.reward_set"
     assert {"load_reward", "train", "compare", "register_reward"} <= set(dir(rewardtune))
