@@ -14,7 +14,7 @@ from pathlib import Path
 
 BUILD = Path("build/pocket")
 WEIGHTS = Path("rewardtune/pocket/weights")
-STAGES = [1000, 2000, 3000, 4500]
+STAGES = [3000, 5000, 7000, 10000]
 """Optimiser steps of the SFT run whose samples the annotators see."""
 
 

@@ -10,19 +10,19 @@ import json
 import random
 from pathlib import Path
 
-from rewardtune.pocket.scenes import Scene, Split, render, sample_scene
+from rewardtune.pocket.scenes import Scene, Split, render, sample_scene, simple_scene
 
 PROMPTS: dict[Split, int] = {"train": 2000, "validation": 128, "heldout": 256}
 PROMPT_FOLDER = Path(__file__).parents[2] / "rewardtune" / "pocket" / "data" / "prompts"
 
 
-def write_scenes(folder: Path, *, count: int, seed: int) -> None:
-    """Render `count` scenes of the train split to `folder`/images, with `folder`/manifest.jsonl."""
+def write_scenes(folder: Path, *, count: int, simple: int, seed: int) -> None:
+    """Render `count` scenes of the train split and `simple` simple ones to `folder`, with manifest.jsonl."""
     rng = random.Random(f"scenes/{seed}")
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with (folder / "manifest.jsonl").open("w", encoding="utf-8") as manifest:
-        for i in range(count):
-            scene = sample_scene(rng, "train")
+        for i in range(count + simple):
+            scene = sample_scene(rng, "train") if i < count else simple_scene(rng)
             name = f"images/{i:06d}.png"
             render(scene).save(folder / name, compress_level=1)
             manifest.write(json.dumps({"image": name, "caption": scene.caption, "facts": scene.facts()}) + "\n")
@@ -52,10 +52,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the training pictures go")
     parser.add_argument("--count", type=int, default=16_000)
+    parser.add_argument("--simple", type=int, default=12_000, help="further scenes of one or two untinted objects")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompts", type=Path, default=PROMPT_FOLDER, help="where the three prompt lists go")
     args = parser.parse_args()
-    write_scenes(args.folder, count=args.count, seed=args.seed)
+    write_scenes(args.folder, count=args.count, simple=args.simple, seed=args.seed)
     write_prompts(args.prompts, seed=args.seed)
 
 

@@ -141,7 +141,15 @@ class Scene:
         return "|".join(sorted(f"{g.concept}:{g.tint}:{g.count}:{g.size}" for g in self.groups))
 
     @property
+    def simple(self) -> bool:
+        """One or two single objects in their own colours, none small: what teaches objects before compositions."""
+        return len(self.groups) < 3 and all((g.tint, g.count) == (None, 1) and g.size != "small" for g in self.groups)
+
+    @property
     def split(self) -> Split:
+        """By a hash of the composition, 18 of 20 to train; simple scenes are all for training."""
+        if self.simple:
+            return "train"
         bucket = int(hashlib.sha256(self.composition.encode()).hexdigest()[:8], 16) % 20
         return "heldout" if bucket == 0 else "validation" if bucket == 1 else "train"
 
@@ -171,6 +179,17 @@ def sample_scene(rng: random.Random, split: Split | None = None) -> Scene:
         scene = _draw(rng)
         if split is None or scene.split == split:
             return place(scene, rng)
+
+
+def simple_scene(rng: random.Random) -> Scene:
+    """Draw a `simple` scene: an ordinary or large object, or a pair of ordinary ones (shares ours)."""
+    first, second = rng.sample(sorted(CONCEPTS), 2)
+    background, wording = rng.choice(sorted(BACKGROUNDS)), int(rng.random() < 0.25)
+    if rng.random() < 0.35:
+        scene = Scene((Group(first), Group(second)), background, rng.choice(sorted(RELATIONS)), wording=wording)
+    else:
+        scene = Scene((Group(first, size=rng.choice([None, None, "large"])),), background, wording=wording)
+    return place(scene, rng)
 
 
 def tints_of(concept: str) -> list[str]:

@@ -26,6 +26,7 @@ from rewardtune.pocket.scenes import (
     place,
     render,
     sample_scene,
+    simple_scene,
     vocabulary,
 )
 
@@ -63,8 +64,8 @@ def test_shipped_prompts_are_what_the_script_writes(tmp_path: Path) -> None:
 
 def test_training_pictures_are_of_the_train_split(tmp_path: Path) -> None:
     script = _script("make_scenes")
-    script.write_scenes(tmp_path / "a", count=12, seed=3)  # type: ignore[attr-defined]
-    script.write_scenes(tmp_path / "b", count=12, seed=3)  # type: ignore[attr-defined]
+    script.write_scenes(tmp_path / "a", count=12, simple=4, seed=3)  # type: ignore[attr-defined]
+    script.write_scenes(tmp_path / "b", count=12, simple=4, seed=3)  # type: ignore[attr-defined]
     found = read_captioned_images(tmp_path / "a" / "manifest.jsonl")
     again = read_captioned_images(tmp_path / "b" / "manifest.jsonl")
     assert [f.caption for f in found] == [a.caption for a in again]
@@ -73,6 +74,16 @@ def test_training_pictures_are_of_the_train_split(tmp_path: Path) -> None:
     scene_of = _script("annotate").scene_of  # type: ignore[attr-defined]
     assert {scene_of(row["facts"]).split for row in rows} == {"train"}
     assert open_image(found[0].image).size == (64, 64)
+
+
+def test_simple_scenes_are_for_training_only() -> None:
+    rng = random.Random(2)
+    for _ in range(200):
+        scene = simple_scene(rng)
+        assert scene.simple and scene.split == "train" and scene.boxes
+    for split in ("validation", "heldout"):
+        assert not any(sample_scene(rng, split).simple for _ in range(100))  # type: ignore[arg-type]
+    assert not Scene((Group("dog", "red"),), "white").simple and not Scene((Group("dog", count=2),), "white").simple
 
 
 def test_a_scene_comes_back_from_its_facts() -> None:
