@@ -166,7 +166,7 @@ def compare(
             judge=judge,
             out=out,
             votes=votes or (),
-            fail_under=fail_under,
+            needs_verdict=fail_under is not None,
             device=device,
         )
     if as_json:
@@ -174,6 +174,8 @@ def compare(
     else:
         show(report.headline)
         show(str(report.page))
+    if fail_under is not None:
+        report.require(fail_under)
 
 
 @command(app, "score")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import sys
 import traceback as tracebacks
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,9 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(*, plugin: list[str] | None, traceback: bool, **arguments: Any) -> None:
+            if not sys.stderr.isatty():
+                # Libraries draw a bar for every file they load; in a log these are noise. Read when tqdm is imported.
+                os.environ.setdefault("TQDM_DISABLE", "1")
             with errors_as_paragraphs(traceback=traceback):
                 if plugin:
                     from rewardtune.registry import load_plugin

@@ -42,6 +42,17 @@ class Report:
         """The verdict in a few sentences, safe for a terminal."""
         return plain(self.document["headline"])
 
+    def require(self, net: float) -> None:
+        """Raises CheckFailed when the first pair's net win rate is below `net`, RecipeError without a verdict."""
+        pair = next(iter(self.document["pairs"]), None)
+        if pair is None:
+            raise RecipeError("--fail-under needs a judge: this report has no verdict.")
+        if pair["net"] < net:
+            raise CheckFailed(
+                f"net win rate of {pair['a']} over {pair['b']} is {pair['net']:+.3f}, below --fail-under {net:+.3f} "
+                f"({self.page})."
+            )
+
 
 def compare(
     sides: Sequence[str | Path] = (),
@@ -53,7 +64,7 @@ def compare(
     out: str | Path | None = None,
     num_prompts: int | None = None,
     votes: Sequence[str | Path] = (),
-    fail_under: float | None = None,
+    needs_verdict: bool = False,
     device: str | None = None,
 ) -> Report:
     """Draw the same prompts and seeds with each side, score the images, and write the report.
@@ -62,20 +73,18 @@ def compare(
     out comes from the `compare:` section of the first run's recipe; seeds: images a prompt. rewards: names or
     NAME:option=value specs, separated by commas; rewards that a side was trained on are always scored. out: the first
     run's `compare/`, or `compare/` here. votes: files from the page's blind mode; without sides they are merged into
-    the report that is in `out`. fail_under: raise CheckFailed, after writing, when the first pair's net is below it.
+    the report that is in `out`. needs_verdict: refuse to start without a judge (for `Report.require` afterwards).
     """
     # a shell turns `--votes *.json` into one option and further arguments
     votes = [*votes, *(s for s in sides if _is_vote_file(s))]
     sides = [s for s in sides if not _is_vote_file(s)]
     if not sides:
-        report = _merge(Path(out) if out is not None else None, votes)
-        _check(report, fail_under)
-        return report
+        return _merge(Path(out) if out is not None else None, votes)
     chosen = resolve_sides(sides)
     recipe = first_recipe(chosen)
     defaults = recipe.compare if recipe is not None else CompareSection()
     panel = _panel(chosen, defaults, rewards, judge)
-    if fail_under is not None and panel.judge is None:
+    if needs_verdict and panel.judge is None:
         raise RecipeError("--fail-under needs a judge: name one with --judge.")
     plan = _plan(defaults, prompts=prompts, seeds=seeds, num_prompts=num_prompts)
     folder = Path(out) if out is not None else _folder(chosen)
@@ -89,9 +98,7 @@ def compare(
     diversity = measure_diversity(names, plan, folder)
     identity = report_id(names, plan, folder)
     document = summarise(chosen, plan, scored, diversity, judge=panel.judge, report=identity)
-    report = _finish(folder, document, scored, plan, votes)
-    _check(report, fail_under)
-    return report
+    return _finish(folder, document, scored, plan, votes)
 
 
 def _finish(
@@ -129,19 +136,6 @@ def _merge(folder: Path | None, votes: Sequence[str | Path]) -> Report:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / FILE}: there is no finished comparison here to add votes to ({error}).") from error
     return _finish(folder, document, read_scores(folder), plan, votes)
-
-
-def _check(report: Report, fail_under: float | None) -> None:
-    if fail_under is None:
-        return
-    pair = next(iter(report.document["pairs"]), None)
-    if pair is None:
-        raise RecipeError("--fail-under needs a judge: this report has no verdict.")
-    if pair["net"] < fail_under:
-        raise CheckFailed(
-            f"net win rate of {pair['a']} over {pair['b']} is {pair['net']:+.3f}, below --fail-under {fail_under:+.3f} "
-            f"({report.page})."
-        )
 
 
 def _panel(

@@ -15,8 +15,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from typer.testing import CliRunner
 
 from rewardtune import registry
+from rewardtune.cli.app import app
 from rewardtune.compare.run import compare
 from rewardtune.compare.sampling import image_seed
 from rewardtune.compare.scores import choose_rewards, tie_bands
@@ -246,11 +248,15 @@ def test_votes_merge_into_the_finished_report(world: Path, report: Any, tmp_path
         compare(votes=[tmp_path / "a.json"])
 
 
-def test_fail_under_writes_the_report_first(world: Path, report: Any) -> None:
+def test_fail_under_prints_the_document_and_then_leaves_with_1(world: Path, report: Any) -> None:
     net = report.document["pairs"][0]["net"]
+    words = ["compare", "base", str(world / "runs" / "demo"), "--json", "--fail-under"]
+    failed = CliRunner().invoke(app, [*words, str(net + 0.01)])
+    assert failed.exit_code == 1 and "below --fail-under" in failed.stderr
+    assert json.loads(failed.stdout)["pairs"][0]["net"] == net
+    assert CliRunner().invoke(app, [*words, str(net)]).exit_code == 0
     with pytest.raises(CheckFailed, match="below --fail-under"):
-        compare(["base", world / "runs" / "demo"], fail_under=net + 0.01)
-    compare(["base", world / "runs" / "demo"], fail_under=net)
+        report.require(net + 0.01)
 
 
 def test_sides_are_recognised(world: Path, tmp_path: Path) -> None:
@@ -313,7 +319,7 @@ def test_mistakes_cost_no_image(world: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no prompts"):
         compare(sides, out=out, prompts=tmp_path / "empty.txt")
     with pytest.raises(RecipeError, match="--fail-under needs a judge"):
-        compare([world / "pipeline", twin], out=out, prompts=world / "prompts.txt", fail_under=0.1)
+        compare([world / "pipeline", twin], out=out, prompts=world / "prompts.txt", needs_verdict=True)
     assert not out.exists()
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DiskError, match="cannot be written"):
