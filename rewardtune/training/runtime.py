@@ -87,7 +87,25 @@ def start(*, device: str | None = None, precision: str = "fp32") -> Runtime:
     chosen = state.device if world > 1 else wanted
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    elif chosen.type == "cpu":
+        _keep_freed_memory()
     return Runtime(device=chosen, rank=state.process_index, world=world, precision=precision)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what tensors free. It would hand it back to the kernel, which clears it for the next tensor.
+
+    dev/bench/cpu_allocation.py measures what this saves. Other C libraries are left as they are.
+    """
+    try:
+        import ctypes
+
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (ImportError, OSError, AttributeError):
+        return
+    trim_threshold, mmap_max = -1, -4
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_max, 0)
 
 
 def finish() -> None:
