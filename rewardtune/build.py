@@ -30,6 +30,7 @@ from rewardtune.recipe.sections import (
     SftRecipe,
 )
 from rewardtune.scoring import objective
+from rewardtune.scoring.augment import Augmentation
 from rewardtune.scoring.reward_set import RewardSet, Term, load_reward
 from rewardtune.tasks import Task
 from rewardtune.tasks.direct_reward import DirectReward
@@ -75,6 +76,7 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
         guidance=Guidance(rollout.guidance, rollout.guidance_scale, rollout.negative_prompt),
         size=(rollout.height or pipeline.image_size[0], rollout.width or pipeline.image_size[1]),
         seed=recipe.train.seed,
+        augmentation=Augmentation(**recipe.augment.model_dump()) if recipe.augment else None,
         samples=samples,
         export=exporter,
     )

@@ -93,6 +93,16 @@ class RolloutSection(Section):
     width: Positive | None = None
 
 
+class AugmentSection(Section):
+    """Views of each image over which the rewards' gradient is averaged, so that no single pixel grid is fitted."""
+
+    copies: Positive = 3
+    shift: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.06
+    """Largest move either way, as a share of the image's shorter side (ours)."""
+    noise: Annotated[float, Field(ge=0.0, le=1.0)] = 0.04
+    """Standard deviation of Gaussian noise on pixels in [0, 1] (ours)."""
+
+
 class ReflSection(Section):
     """ReFL (arXiv 2304.05977, section 3): one gradient step at a random late step; the reward sees its x0 estimate."""
 
@@ -302,6 +312,7 @@ class DirectRewardRecipe(_Recipe):
     rollout: RolloutSection = RolloutSection()
     gradient: GradientSection
     rewards: Annotated[list[RewardSection], Field(min_length=1)]
+    augment: AugmentSection | None = None
     samples: SampleSection = SampleSection()
     compare: CompareSection = CompareSection()
 

@@ -13,6 +13,7 @@ from rewardtune import gradients
 from rewardtune.diffusion import export, lora
 from rewardtune.diffusion.rollout import Chain
 from rewardtune.plugins import Guidance, RewardCard
+from rewardtune.scoring.augment import Augmentation
 from rewardtune.scoring.reward_set import RewardSet, Term
 from rewardtune.tasks.direct_reward import DirectReward
 from rewardtune.types import Prompt, Score
@@ -30,7 +31,7 @@ class Redness:
         return Score((images[:, 0] - images[:, 2]).mean((1, 2)))
 
 
-def build(method: str, settings: dict, *, lr_seed: int = 0, pipe=None) -> DirectReward:
+def build(method: str, settings: dict, *, lr_seed: int = 0, pipe=None, augmentation=None) -> DirectReward:
     adapter = ZImage(pipe or tiny.z_image())
     modules = {"transformer": adapter.pipe.transformer}
     lora.attach(modules, rank=4, alpha=4, targets=adapter.lora_targets, seed=lr_seed)
@@ -38,7 +39,8 @@ def build(method: str, settings: dict, *, lr_seed: int = 0, pipe=None) -> Direct
     return DirectReward(
         adapter, trainable=modules, prompts=[Prompt("dog"), Prompt("red cat"), Prompt("two birds")],
         rewards=RewardSet([Term(Redness())]), method=lambda c, n, r: bound(c, n, r, **settings), num_steps=4,
-        guidance=Guidance("detached-negative", 2.0), size=(16, 16), seed=3, samples=lambda: None,
+        guidance=Guidance("detached-negative", 2.0), size=(16, 16), seed=3, augmentation=augmentation,
+        samples=lambda: None,
         export=lambda *_: None,
     )  # fmt: skip
 
@@ -63,6 +65,39 @@ def train(task: DirectReward, steps: int, lr: float) -> list[float]:
 def test_reward_rises(method, settings):
     rewards = train(build(method, settings), 25, 1e-2)
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.02
+
+
+def test_views_are_shifted_copies_with_noise_and_carry_gradient():
+    images = torch.rand(2, 3, 16, 20, requires_grad=True)
+    keys = [torch.Generator().manual_seed(i) for i in range(2)]
+    still = Augmentation(copies=2, shift=0.0, noise=0.0).views(images, keys)
+    assert torch.equal(still, torch.cat([images, images]))
+    moved = Augmentation(copies=40, shift=0.125, noise=0.0).views(images, keys)
+    inner = [(moved[2 * k, :, 2:-2, 2:-2], k) for k in range(40)]
+    shifts = set()
+    for view, _ in inner:
+        shifts |= {
+            (dy, dx)
+            for dy in range(5)
+            for dx in range(5)
+            if torch.equal(view, images[0, :, dy : dy + 12, dx : dx + 16])
+        }
+    assert len(shifts) > 10  # of 25, each by at most two pixels
+    noisy = Augmentation(copies=8, shift=0.0, noise=0.1).views(torch.full((2, 3, 16, 20), 0.5), keys)
+    assert float(noisy.std()) == pytest.approx(0.1, rel=0.1)
+    moved.sum().backward()
+    assert float(images.grad.sum()) == pytest.approx(2 * 40 * 3 * 16 * 20)
+
+
+def test_augmented_steps_depend_on_the_samples_alone():
+    """The same views whatever else is in the batch: a resumed or distributed run sees them again."""
+    augmentation = Augmentation(copies=2, shift=0.2, noise=0.1)
+    task = build("draft", {"last_steps": 1, "memory": "fast"}, augmentation=augmentation)
+    whole = task.step(task.batch(7, range(28, 32)))
+    halves = [task.step(task.batch(7, [28, 29])), task.step(task.batch(7, [30, 31]))]
+    mean = sum(float(h.loss) for h in halves) / 2
+    assert float(whole.loss) == pytest.approx(mean, abs=1e-5)
+    assert float(task.step(task.batch(7, range(28, 32))).loss) == float(whole.loss)
 
 
 def test_batches_are_keyed_by_global_index_alone():
