@@ -125,7 +125,6 @@ def _export(task: Task, state: State, target: Path, provenance: dict[str, str]) 
 
 def _run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any, run_id: str) -> None:
     """Build, train, evaluate, export."""
-    from rewardtune.training.loop import train
 
     recipe = loaded.recipe
     with stop.leaving_at_once():
@@ -145,17 +144,7 @@ def _run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any, run_i
             config=loaded.resolved,
         )
     try:
-        state = train(
-            task,
-            folder=folder,
-            train=recipe.train,
-            optimizer=recipe.optimizer,
-            checkpoint=recipe.checkpoint,
-            sample_every=_sample_every(loaded),
-            where=where,
-            stop=stop,
-            trackers=trackers,
-        )
+        state = _train(loaded, task, folder=folder, where=where, stop=stop, trackers=trackers)
         if where.main:
             with stop.leaving_at_once():
                 evaluation = _finish(task, state, folder=folder, where=where)
@@ -194,9 +183,20 @@ def _build(loaded: LoadedRecipe, where: Runtime) -> Task:
     return build_task(loaded.recipe, device=str(where.device))
 
 
-def _sample_every(loaded: LoadedRecipe) -> int:
+def _train(loaded: LoadedRecipe, task: Task, **surroundings: Any) -> State:
+    """The loop, with the recipe's settings."""
+    from rewardtune.training.loop import train
+
     recipe = loaded.recipe
-    return recipe.samples.every if isinstance(recipe, SftRecipe | DirectRewardRecipe) else recipe.train.steps
+    every = recipe.samples.every if isinstance(recipe, SftRecipe | DirectRewardRecipe) else recipe.train.steps
+    return train(
+        task,
+        train=recipe.train,
+        optimizer=recipe.optimizer,
+        checkpoint=recipe.checkpoint,
+        sample_every=every,
+        **surroundings,
+    )
 
 
 def _dry_run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any) -> None:
@@ -204,23 +204,12 @@ def _dry_run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any) -
     import torch
 
     from rewardtune.training import checkpoint as checkpoints
-    from rewardtune.training.loop import train
     from rewardtune.training.track import read_metrics
 
     recipe = loaded.recipe
     with stop.leaving_at_once():
         task = _build(loaded, where)
-    state = train(
-        task,
-        folder=folder,
-        train=recipe.train,
-        optimizer=recipe.optimizer,
-        checkpoint=recipe.checkpoint,
-        sample_every=_sample_every(loaded),
-        until=1,
-        where=where,
-        stop=stop,
-    )
+    state = _train(loaded, task, folder=folder, where=where, stop=stop, until=1)
     if where.main:
         saved = checkpoints.newest(folder / "checkpoints")
         if saved is None:
