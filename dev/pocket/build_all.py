@@ -64,9 +64,10 @@ def main() -> None:
         BUILD / "annotations/train.jsonl",
         python, str(script / "annotate.py"), str(BUILD / "annotations"), "--samples", str(samples), "--vae", str(vae),
     )  # fmt: skip
+    # The scorer's recipe starts from the shipped base, so that is in its place first.
+    ship(scorer_base, "scorer-base")
     scorer = BUILD / "runs/scorer-sft"
     run(scorer / "export/rubric.json", *train, "pocket/scorer-sft", "--out", str(scorer))
-    ship(scorer_base, "scorer-base")
     ship(scorer / "export", "zreward")
 
 
