@@ -14,8 +14,8 @@ from pathlib import Path
 
 BUILD = Path("build/pocket")
 WEIGHTS = Path("rewardtune/pocket/weights")
-STAGES = [3000, 5000, 7000, 10000]
-"""Optimiser steps of the SFT run whose samples the annotators see."""
+STAGES = [5250, 6750, 8250]
+"""Optimiser steps of the SFT run whose samples the annotators see, beside those of the finished pipeline."""
 
 
 def run(result: Path, *command: str) -> None:
@@ -55,8 +55,8 @@ def main() -> None:
     samples = BUILD / "samples"
     run(
         samples / "samples.jsonl",
-        python, str(script / "sample_stages.py"), "--pipeline", str(untrained), "--run", str(base),
-        "--stages", *map(str, STAGES), "--out", str(samples),
+        python, str(script / "sample_stages.py"),
+        "--stages", *(str(base / f"checkpoints/step-{step:06d}") for step in STAGES), "--out", str(samples),
     )  # fmt: skip
     scorer_base = BUILD / "scorer-base"
     run(scorer_base / "config.json", python, str(script / "pretrain_scorer.py"), "--out", str(scorer_base))

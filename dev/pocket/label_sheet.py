@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from rewardtune.pocket.scenes import CONCEPTS, NUMBERS, RELATIONS, SIZE
 
-COLUMNS, ROWS, SCALE = 3, 4, 4
-CELL = (520, SIZE * SCALE + 18)
+COLUMNS, ROWS, SCALE = 3, 3, 4
+CELL = (520, 304)
 
 
 def in_words(fact: Mapping[str, Any]) -> str:

@@ -51,7 +51,7 @@ def write_prompts(folder: Path, *, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the training pictures go")
-    parser.add_argument("--count", type=int, default=16_000)
+    parser.add_argument("--count", type=int, default=24_000)
     parser.add_argument("--simple", type=int, default=12_000, help="further scenes of one or two untinted objects")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompts", type=Path, default=PROMPT_FOLDER, help="where the three prompt lists go")

@@ -17,7 +17,8 @@ from label_sheet import in_words, pictures
 from rewardtune.rewards.pocket_oracle import KINDS, PocketOracle
 from scipy.stats import binomtest
 
-HERE = Path(__file__).parent
+LABELS = Path(__file__).parent / "oracle_labels.jsonl"
+IMAGES = LABELS.with_suffix(".png")
 
 
 def share(agreed: Sequence[bool]) -> dict[str, Any]:
@@ -42,19 +43,26 @@ def agreement(rows: Sequence[dict[str, Any]], said: Sequence[Sequence[bool]]) ->
     return report
 
 
+def judged(
+    labels: Path, images: Path, oracle: PocketOracle
+) -> tuple[list[dict[str, Any]], list[Any], list[list[bool]]]:
+    """Labelled rows, what the judge read in their pictures, and its verdict on each of their facts."""
+    rows = [json.loads(line) for line in labels.read_text().splitlines() if line.strip()]
+    tiles = pictures(images)
+    x = torch.stack([torch.from_numpy(np.array(tiles[row["image"]])).permute(2, 0, 1) for row in rows]).float() / 255
+    readings = [reading for part in x.split(50) for reading in oracle.read(part)]
+    said = [oracle.check(reading, row["facts"]) for reading, row in zip(readings, rows, strict=True)]
+    return rows, readings, said
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--labels", type=Path, default=HERE / "oracle_labels.jsonl")
-    parser.add_argument("--images", type=Path, default=HERE / "oracle_labels.png", help="folder, or one PNG of tiles")
+    parser.add_argument("--labels", type=Path, default=LABELS)
+    parser.add_argument("--images", type=Path, default=IMAGES, help="folder, or one PNG of tiles")
     parser.add_argument("--out", type=Path, help="JSON report")
     parser.add_argument("--disagreements", action="store_true", help="list the facts on which the two differ")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.labels.read_text().splitlines() if line.strip()]
-    images = pictures(args.images)
-    x = torch.stack([torch.from_numpy(np.array(images[row["image"]])).permute(2, 0, 1) for row in rows]).float() / 255
-    oracle = PocketOracle.load(PocketOracle.Config())
-    readings = [reading for part in x.split(50) for reading in oracle.read(part)]
-    said = [oracle.check(reading, row["facts"]) for reading, row in zip(readings, rows, strict=True)]
+    rows, readings, said = judged(args.labels, args.images, PocketOracle.load(PocketOracle.Config()))
     report = agreement(rows, said)
     for name, figures in report.items():
         print(f"{name:20s}", *(f"{key} {value}" for key, value in figures.items()))

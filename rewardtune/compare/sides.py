@@ -5,7 +5,6 @@ First in the flow of `compare`; `sampling.py` loads what this file finds.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from rewardtune.data.references import PREFIX
 from rewardtune.errors import RecipeError
 from rewardtune.recipe.sections import DirectRewardRecipe, PipelineSection, Recipe, RewardSection, SftRecipe
+from rewardtune.training.run_folder import read_recipe
 
 BASE = "base"
 """Names the start of the first run among the sides."""
@@ -87,17 +87,7 @@ def first_recipe(sides: Sequence[Side]) -> Diffusion | None:
 
 def read_run_recipe(folder: Path) -> Diffusion:
     """The resolved recipe of a run folder. Raises RecipeError where it is broken or trains no image model."""
-    file = folder / "recipe.json"
-    try:
-        document: Any = json.loads(file.read_text(encoding="utf-8"))
-        content = document.get("recipe", document) if isinstance(document, dict) else document
-        recipe: Any = TypeAdapter(Recipe).validate_python(content)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:
-        first = str(error).splitlines()[0]
-        raise RecipeError(
-            f"{file}: not the recipe of a run that this version can read ({first}). "
-            "Compare the run's export folder instead."
-        ) from error
+    recipe = read_recipe(folder)
     if not isinstance(recipe, SftRecipe | DirectRewardRecipe):
         raise RecipeError(
             f"{folder} trained a reward model (task: {recipe.task}), which draws no images. "

@@ -27,6 +27,8 @@ COARSE, FINE = 14, 24
 """Side in pixels to which an object is scaled for the search over the picture, and for telling concepts apart."""
 RING = 0.12
 """Width of the background seen around an object, as a share of its side."""
+SURE = 0.95
+"""A claim that fits this well needs no comparison with other concepts in other sizes."""
 SIDES_ONE = (16.0, 18.5, 21.5, 25.0, 29.0, 33.5, 40.0, 48.0)
 SIDES_MANY = (16.5, 19.0, 22.0, 25.5, 29.5)
 """Sides in pixels tried for a single object, and for one of several."""
@@ -70,11 +72,18 @@ def look(picture: Image.Image, facts: Sequence[Mapping[str, Any]]) -> View:
     scene = _Scene(difference, _unshifted(colour, [f["background"] for f in facts if f["kind"] == "background"]))
     sights = _search(scene, [c for c, _ in claims], sum(n for _, n in claims))
     others = _others(scene, sights)
-    sights = tuple(s for s in sights if not any(o.rival < o.score and _near(s, o) and o.score > s.score + 0.08
-                                                for o in others))  # fmt: skip
+    sights = tuple(s for s in sights if not any(_displaces(o, s) for o in others))
+    others = tuple(o for o in others if not any(_near(s, o) for s in sights))
     values = measure(pixels, ground, (*sights, *others))
     r, g, b = (colour * 255.0).tolist()
     return View(sights, others, (r, g, b), values)
+
+
+def _displaces(other: Sight, claimed: Sight) -> bool:
+    """Whether a place shows something else than what was claimed of it: the other concept fits clearly better there,
+    in a size of its own."""
+    better = other.concept != claimed.concept and other.rival < other.score > claimed.score + 0.08
+    return better and _near(claimed, other)
 
 
 # ---------------------------------------------------------------------------------------------------------- templates
@@ -221,7 +230,7 @@ def _search(scene: _Scene, concepts: Sequence[str], number: int) -> tuple[Sight,
 
 def _near(a: Sight, b: Sight) -> bool:
     """Whether two sights claim the same pixels."""
-    return bool(np.hypot(a.x - b.x, a.y - b.y) < 0.5 * max(a.side, b.side))
+    return bool(np.hypot(a.x - b.x, a.y - b.y) < 0.6 * max(a.side, b.side))
 
 
 def _shifts(step: float, scale: float) -> Array:
@@ -299,10 +308,10 @@ def _tones(scene: _Scene, place: Array, rows: slice) -> list[float]:
 
 
 def _others(scene: _Scene, sights: Sequence[Sight]) -> tuple[Sight, ...]:
-    """Objects that no fact claims: what fits well where the claims do not."""
+    """What is there whatever is claimed: every object of the picture but those that a claim fits almost perfectly."""
     strength = ndimage.gaussian_filter(np.abs(scene.difference).max(axis=2), 1.0) > 0.14
     for s in sights:
-        if s.score > 0.6 and s.score >= s.rival - 0.05:
+        if s.score > SURE and s.score >= s.rival:
             y, x = np.mgrid[:SIZE, :SIZE] + 0.5
             strength &= np.maximum(np.abs(x - s.x), np.abs(y - s.y)) > 0.58 * s.side
     labels, _ = ndimage.label(strength)

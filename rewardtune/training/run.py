@@ -76,25 +76,20 @@ def export_run(run: str | Path, *, out: str | Path | None = None) -> Path:
 
     Raises RecipeError when the folder is no run or holds no checkpoint, CheckFailed when the export does not reload.
     """
-    import json
-
-    from pydantic import TypeAdapter
-
     from rewardtune.build import build_task
-    from rewardtune.recipe.sections import Recipe
     from rewardtune.training import checkpoint as checkpoints
     from rewardtune.training import run_folder, runtime
     from rewardtune.training.state import build_state
 
     folder = Path(run)
-    record = folder / "recipe.json"
-    saved = checkpoints.newest(folder / "checkpoints", clean=False) if record.is_file() else None
+    known = (folder / "recipe.json").is_file()
+    saved = checkpoints.newest(folder / "checkpoints", clean=False) if known else None
     if saved is None:
         raise RecipeError(
             f"{folder} is not a run folder with a checkpoint (recipe.json and checkpoints/ are looked for). Give the "
             "folder that `rewardtune train` printed."
         )
-    recipe: Recipe = TypeAdapter(Recipe).validate_python(json.loads(record.read_text())["recipe"])
+    recipe = run_folder.read_recipe(folder)
     where = runtime.start(device=recipe.train.device, precision=recipe.train.precision)
     task = build_task(recipe, device=str(where.device))
     state = build_state(task, train=recipe.train, optimizer=recipe.optimizer)

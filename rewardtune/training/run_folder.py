@@ -101,6 +101,20 @@ def prepare(
     return run_id
 
 
+def read_recipe(folder: Path) -> Recipe:
+    """The resolved recipe of a run. Raises RecipeError where this version cannot read it."""
+    record = folder / "recipe.json"
+    try:
+        recipe: Recipe = TypeAdapter(Recipe).validate_python(json.loads(record.read_bytes())["recipe"])
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise RecipeError(
+            f"{record}: not the recipe of a run that this version can read ({first}). What the run exported, "
+            f"{folder / 'export'}, can be used in its place."
+        ) from error
+    return recipe
+
+
 def provenance(folder: Path, *, step: int) -> dict[str, str]:
     """What an export says of where it comes from."""
     record = json.loads((folder / "recipe.json").read_bytes())

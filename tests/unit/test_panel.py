@@ -23,9 +23,9 @@ from rewardtune.pocket.faults import FAULTS, misread
 from rewardtune.pocket.scenes import BACKGROUNDS, Box, Group, Scene, render, sample_scene
 
 ROOT = Path(__file__).parents[2]
-CAT, KEYS = Group("cat", "red"), Group("key", None, 2)
+FOX, KEYS = Group("fox", "red"), Group("key", None, 2)
 ASKED = Scene(
-    (CAT, KEYS), "pink", "left", boxes=(Box(17, 32, 22, 0), Box(47, 18, 22, 1), Box(47, 46, 22, 1)),
+    (FOX, KEYS), "pink", "left", boxes=(Box(17, 32, 22, 0), Box(47, 18, 22, 1), Box(47, 46, 22, 1)),
 )  # fmt: skip
 
 
@@ -40,30 +40,30 @@ def test_prices_of_broken_claims() -> None:
     boxes = ASKED.boxes
     assert _alignment(replace(ASKED, background="gray")) == (4.4, ("the background is gray, not pink",))
     mirrored = tuple(replace(b, x=64 - b.x) for b in boxes)
-    assert _alignment(replace(ASKED, boxes=mirrored)) == (4.2, ("the cat is not left of the keys",))
-    blue = replace(ASKED, groups=(replace(CAT, tint="blue"), KEYS))
-    assert _alignment(blue) == (4.0, ("the cat is blue, not red",))
-    natural = replace(ASKED, groups=(replace(CAT, tint=None), KEYS))
-    assert _alignment(natural) == (4.0, ("the cat is not red",))
+    assert _alignment(replace(ASKED, boxes=mirrored)) == (4.2, ("the fox is not left of the keys",))
+    blue = replace(ASKED, groups=(replace(FOX, tint="blue"), KEYS))
+    assert _alignment(blue) == (4.0, ("the fox is blue, not red",))
+    natural = replace(ASKED, groups=(replace(FOX, tint=None), KEYS))
+    assert _alignment(natural) == (4.0, ("the fox is not red",))
     assert _alignment(replace(ASKED, boxes=boxes[:2])) == (4.0, ("there is 1 key, not 2",))
-    tinted = replace(ASKED, groups=(CAT, replace(KEYS, tint="blue")))
+    tinted = replace(ASKED, groups=(FOX, replace(KEYS, tint="blue")))
     assert _alignment(tinted) == (4.0, ("the keys are blue, not in their own colours",))
 
 
 def test_a_missing_object_costs_once() -> None:
     # colour, count and relation of the missing keys are not charged on top
     assert _alignment(replace(ASKED, boxes=ASKED.boxes[:1])) == (3.0, ("the keys are missing",))
-    assert _alignment(replace(ASKED, boxes=ASKED.boxes[1:])) == (3.0, ("the cat is missing",))
+    assert _alignment(replace(ASKED, boxes=ASKED.boxes[1:])) == (3.0, ("the fox is missing",))
     assert _alignment(replace(ASKED, boxes=()))[0] == 1.0
     other = replace(ASKED, groups=(Group("dog", "blue"), KEYS), background="gray")
-    assert _alignment(other) == (2.4, ("the cat is missing", "the background is gray, not pink"))
+    assert _alignment(other) == (2.4, ("the fox is missing", "the background is gray, not pink"))
 
 
 def test_size_is_claimed_of_single_objects() -> None:
-    asked = Scene((Group("cat", None, size="small"),), "white", boxes=(Box(32, 32, 18, 0),))
+    asked = Scene((Group("fox", None, size="small"),), "white", boxes=(Box(32, 32, 18, 0),))
     large = replace(asked, boxes=(Box(32, 32, 48, 0),))
     opinion = panel.judge_recipe(asked, large, ())
-    assert opinion.values["alignment"] == pytest.approx(4.4) and opinion.wrong == ("the cat is not small",)
+    assert opinion.values["alignment"] == pytest.approx(4.4) and opinion.wrong == ("the fox is not small",)
     assert panel.judge_recipe(asked, asked, ()).values["alignment"] == 5.0
     assert panel.judge_recipe(asked, replace(asked, boxes=()), ()).values["alignment"] == pytest.approx(1.8)
 
@@ -80,18 +80,18 @@ def test_damage_of_faults_by_hand() -> None:
 
 
 def test_a_smear_beside_the_objects_hardly_counts() -> None:
-    scene = Scene((Group("cat", size="small"),), "white", boxes=(Box(10, 10, 14, 0),))
+    scene = Scene((Group("fox", size="small"),), "white", boxes=(Box(10, 10, 14, 0),))
     rng = random.Random(0)
     seen = [panel.apply_fault(render(scene), "smear", 0.8, rng)[1].seen for _ in range(40)]
     assert min(seen) == 0.0 and max(seen) > 0.5
 
 
 def test_a_cut_counts_where_it_breaks_an_object() -> None:
-    scene = Scene((Group("ball"),), "white", boxes=(Box(32, 32, 40, 0),))
+    scene = Scene((Group("basketball"),), "white", boxes=(Box(32, 32, 40, 0),))
     rng = random.Random(0)
     through = [panel.apply_fault(render(scene), "shear_halves", 0.8, rng)[1].seen for _ in range(20)]
     assert min(through) == 1.0, "every cut between 18 and 46 goes through the ball"
-    apart = Scene((Group("ball"),), "white", boxes=(Box(8, 8, 14, 0),))
+    apart = Scene((Group("basketball"),), "white", boxes=(Box(8, 8, 14, 0),))
     beside = [panel.apply_fault(render(apart), "shear_halves", 0.8, rng)[1].seen for _ in range(20)]
     assert max(beside) == 0.0, "no cut reaches it"
 
@@ -128,10 +128,10 @@ def test_aggregates_by_hand() -> None:
 def test_critiques_name_what_is_wrong() -> None:
     rng = random.Random(2)
     values = dict.fromkeys(panel.DIMENSIONS, 3.0)
-    full = panel.Opinion(values, ("the cat is missing", "the key is blue, not red"), ("very blurry", "grainy"))
-    assert panel.critique(full, rng) == "the cat is missing; the key is blue, not red; very blurry"
+    full = panel.Opinion(values, ("the fox is missing", "the key is blue, not red"), ("very blurry", "grainy"))
+    assert panel.critique(full, rng) == "the fox is missing; the key is blue, not red; very blurry"
     assert panel.critique(panel.Opinion(values, (), ("grainy",)), rng).endswith("; grainy")
-    assert panel.critique(panel.Opinion(values, ("the cat is missing",)), rng).startswith("the cat is missing; ")
+    assert panel.critique(panel.Opinion(values, ("the fox is missing",)), rng).startswith("the fox is missing; ")
     assert "missing" not in panel.critique(panel.Opinion(values), rng)
 
 
@@ -163,11 +163,11 @@ def test_the_eye_reads_clean_renders() -> None:
 def test_the_eye_finds_places_and_sizes() -> None:
     view = eye.look(render(ASKED), ASKED.facts())
     found = {(s.concept, round(s.y / 8)): s for s in view.found}
-    assert set(found) == {("cat", 4), ("key", 2), ("key", 6)}
-    for box, key in zip(ASKED.boxes, [("cat", 4), ("key", 2), ("key", 6)], strict=True):
+    assert set(found) == {("fox", 4), ("key", 2), ("key", 6)}
+    for box, key in zip(ASKED.boxes, [("fox", 4), ("key", 2), ("key", 6)], strict=True):
         s = found[key]
         assert abs(s.x - box.x) < 1 and abs(s.y - box.y) < 1 and abs(s.side - box.side) < 1.5 and s.score > 0.95
-    assert found["cat", 4].tint == "red" and found["key", 2].tint is None
+    assert found["fox", 4].tint == "red" and found["key", 2].tint is None
 
 
 def test_clean_renders_are_rated_high_and_misread_ones_low() -> None:
@@ -233,7 +233,7 @@ def test_pictures_of_nothing_get_the_lowest_alignment(kind: str) -> None:
         "flat": np.full((64, 64, 3), BACKGROUNDS["pink"]),
     }[kind]
     opinion = panel.judge_picture(Image.fromarray(pixels.astype(np.uint8)), ASKED.facts())
-    assert opinion.values["alignment"] < 2.0 and "the cat is missing" in opinion.wrong
+    assert opinion.values["alignment"] < 2.0 and "the fox is missing" in opinion.wrong
 
 
 # ------------------------------------------------------------------------------------------------------------ the files

@@ -171,6 +171,15 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         run.train_recipe(tiny.tiny_recipe(), out=tmp_path)
 
 
+def test_an_export_of_a_broken_record_names_it(tmp_path: Path) -> None:
+    folder = run.train_recipe(tiny.tiny_recipe(), out=tmp_path / "a")
+    for text in ("{", '{"recipe": {"task": "sft"}}', "[]"):
+        (folder / "recipe.json").write_text(text)
+        with pytest.raises(RecipeError, match=r"recipe\.json: not the recipe of a run"):
+            run.export_run(folder)
+    assert (folder / "export" / "net.safetensors").is_file()
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="--out"):
