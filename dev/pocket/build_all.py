@@ -28,11 +28,6 @@ def run(result: Path, *command: str) -> None:
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")})
 
 
-def ship(source: Path, name: str) -> None:
-    """Copy what a stage exported into the package."""
-    shutil.copytree(source, WEIGHTS / name, dirs_exist_ok=True)
-
-
 def main() -> None:
     python, train = sys.executable, [sys.executable, "-m", "rewardtune", "train"]
     script = Path("dev/pocket")
@@ -65,7 +60,7 @@ def main() -> None:
         python, str(script / "annotate.py"), str(BUILD / "annotations"), "--samples", str(samples), "--vae", str(vae),
     )  # fmt: skip
     # The scorer's recipe starts from the shipped base, so that is in its place first.
-    ship(scorer_base, "scorer-base")
+    shutil.copytree(scorer_base, WEIGHTS / "scorer-base", dirs_exist_ok=True)
     scorer = BUILD / "runs/scorer-sft"
     run(scorer / "export/rubric.json", *train, "pocket/scorer-sft", "--out", str(scorer))
     # A second round: pipelines tuned against the first scorer show what it overrates.

@@ -18,7 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 from rewardtune.pocket.scenes import CONCEPTS, NUMBERS, RELATIONS, SIZE
 
 COLUMNS, ROWS, SCALE = 3, 3, 4
-CELL = (520, 304)
+LINE = 16
+"""Pixels between lines of text."""
+CELL = (520, 19 * LINE)  # number, three lines of caption, a gap, thirteen facts
 
 
 def in_words(fact: Mapping[str, Any]) -> str:
@@ -51,7 +53,7 @@ def sheet(rows: Sequence[tuple[int, Image.Image, Mapping[str, Any]]]) -> Image.I
         lines += [f"{i}  {in_words(fact)}" for i, fact in enumerate(row["facts"], 1)]
         for line, text in enumerate(lines):
             colour = (170, 0, 0) if line == 0 else (0, 0, 0)
-            pen.text((x + SIZE * SCALE + 8, y + line * 16), text, fill=colour, font=font)
+            pen.text((x + SIZE * SCALE + 8, y + line * LINE), text, fill=colour, font=font)
     return page
 
 

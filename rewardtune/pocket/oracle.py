@@ -31,7 +31,7 @@ best with a person on pictures of an earlier pipeline that still names 99 % of t
 SMALL, LARGE = 24.0, 40.0
 """Pixels: an object below the first is small, above the second large (renders: 18, ordinary 18-32, 48)."""
 MARGIN = 6.0
-"""Pixels by which mean centres must differ for a relation to hold (renders: at least 20)."""
+"""Pixels by which mean centres must differ for a relation to hold (renders: 32)."""
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ NATURAL: dict[str, frozenset[str]] = {
 }  # fmt: skip
 DARK = frozenset({"bomb", "hat", "camera"})
 
+ASIDE = (-8, -4, 0, 4, 8)
+"""Pixels by which objects stand off the middle line, across their arrangement."""
 TINTED = 0.4
 """Share of objects that are asked for in another colour than their own."""
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
@@ -215,7 +217,7 @@ def place(scene: Scene, rng: random.Random) -> Scene:
     appearances, so that a model of a few million parameters can learn to draw it within hours (ours).
     """
     boxes: list[Box] = []
-    aside = rng.choice([-8, -4, 0, 4, 8])
+    aside = rng.choice(ASIDE)
 
     def row(group: int, count: int, cx: float, cy: float, side: float, vertical: bool = False, gap: float = 32) -> None:
         for k in range(count):
@@ -229,12 +231,11 @@ def place(scene: Scene, rng: random.Random) -> Scene:
             side = {"small": 18, "large": 48, None: 32}[g.size]
             reach = (SIZE - side) // 8
             row(0, 1, 32 + 4 * rng.randint(-reach, reach), 32 + 4 * rng.randint(-reach, reach), side)
-        elif g.count == 2:
+        elif g.count == 2 or rng.random() < 0.5:
+            side, gap = {2: (26, 32), 3: (18, 20)}[g.count]
             vertical = rng.random() < 0.5
-            row(0, 2, 32 + (aside if vertical else 0), 32 + (0 if vertical else aside), 26, vertical)
-        elif rng.random() < 0.5:
-            vertical = rng.random() < 0.5
-            row(0, 3, 32 + (aside if vertical else 0), 32 + (0 if vertical else aside), 18, vertical, 20)
+            cx, cy = (32 + aside, 32) if vertical else (32, 32 + aside)
+            row(0, g.count, cx, cy, side, vertical, gap)
         else:
             row(0, 2, 32, 48, 24)
             row(0, 1, 32, 16, 24)
@@ -250,7 +251,7 @@ def place(scene: Scene, rng: random.Random) -> Scene:
         first = 16 if scene.relation in ("left", "above") else 48
         for i, g in enumerate(scene.groups):
             along = first if i == 0 else 64 - first
-            across = 32 + (0 if many else rng.choice([-8, -4, 0, 4, 8]))
+            across = 32 + (0 if many else rng.choice(ASIDE))
             cx, cy = (along, across) if horizontal else (across, along)
             row(i, g.count, cx, cy, 24 if many else 28, horizontal)
     return replace(scene, boxes=tuple(boxes))

@@ -120,7 +120,6 @@ def _export(task: Task, state: State, target: Path, provenance: dict[str, str]) 
 
 def _run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any, run_id: str) -> None:
     """Build, train, evaluate, export."""
-
     recipe = loaded.recipe
     with stop.leaving_at_once():
         task = _build(loaded, where)

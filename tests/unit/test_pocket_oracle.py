@@ -203,8 +203,8 @@ def test_clean_renders_are_read_right(judge: PocketOracle) -> None:
 
 
 def test_clean_renders_count_as_clean(judge: PocketOracle) -> None:
-    scenes = some_scenes(120, 0)
-    assert verdict(judge, [render(s) for s in scenes], scenes).parts["cleanliness"].mean() > 0.88
+    scenes = some_scenes(400, 0)
+    assert verdict(judge, [render(s) for s in scenes], scenes).parts["cleanliness"].mean() > 0.9
 
 
 @pytest.mark.parametrize("name", sorted(FAULTS))
