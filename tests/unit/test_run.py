@@ -202,7 +202,7 @@ def test_dry_run_does_it_all_once_and_leaves_nothing(tmp_path: Path, capsys: pyt
     out = tmp_path / "runs" / "a"
     run.train_recipe(tiny.tiny_recipe(train={"ema_decay": 0.9}), out=out, dry_run=True)
     said = capsys.readouterr().err
-    assert "one step took" in said and "12 steps take about 0:00:0" in said and "peak memory 0." in said
+    assert "one step took" in said and "12 steps take about 0:00:0" in said
     assert list(tmp_path.iterdir()) == []
     # A run that is there already is not touched by it.
     folder = run.train_recipe(tiny.tiny_recipe(), out=out)
