@@ -1,6 +1,8 @@
 """Write the pictures and prompts of the pocket world: first step of `make pocket`.
 
-Captioned training pictures go to a folder (never committed); the three prompt lists go into the package.
+Captioned training pictures go to a folder (never committed); the three prompt lists go into the package. The pictures
+are of mixed quality, as collected ones are: some captions are wrong and some pictures are soft, pale or badly lit. A
+model trained on them draws the mixture, which is what rewards are there to mend.
 """
 
 from __future__ import annotations
@@ -10,9 +12,16 @@ import json
 import random
 from pathlib import Path
 
+from PIL import Image
+
+from rewardtune.pocket.faults import FAULTS, misread
 from rewardtune.pocket.scenes import Scene, Split, render, sample_scene, simple_scene
 
 PROMPTS: dict[Split, int] = {"train": 2000, "validation": 128, "heldout": 256}
+MISCAPTIONED, SPOILED = 0.3, 0.45
+"""Shares of training pictures that break a claim of their caption, and that carry a drawing fault. Ours."""
+COMMON_FAULTS = ("blur", "pale", "cast", "blotches")
+"""Faults that collected pictures have: of focus and light."""
 PROMPT_FOLDER = Path(__file__).parents[2] / "rewardtune" / "pocket" / "data" / "prompts"
 
 
@@ -24,8 +33,22 @@ def write_scenes(folder: Path, *, count: int, simple: int, seed: int) -> None:
         for i in range(count + simple):
             scene = sample_scene(rng, "train") if i < count else simple_scene(rng)
             name = f"images/{i:06d}.png"
-            render(scene).save(folder / name, compress_level=1)
+            _collected(scene, rng).save(folder / name, compress_level=1)
             manifest.write(json.dumps({"image": name, "caption": scene.caption, "facts": scene.facts()}) + "\n")
+
+
+def _collected(scene: Scene, rng: random.Random) -> Image.Image:
+    """A picture for the caption of a scene as a collection would have it; never a composition of another split."""
+    drawn = scene
+    if rng.random() < MISCAPTIONED:
+        drawn = misread(scene, rng)
+        while drawn.split != "train":
+            drawn = misread(scene, rng)
+    picture = render(drawn)
+    if rng.random() < SPOILED:
+        fault, _ = FAULTS[rng.choice(COMMON_FAULTS)]
+        picture = fault(picture, rng.random(), rng)
+    return picture
 
 
 def draw_prompts(*, split: Split, count: int, seed: int) -> list[Scene]:

@@ -1,0 +1,100 @@
+"""The demo at several seeds, beside an arm that goes on with SFT for the same time: dev/results/demo.{json,md}.
+
+Needs the captioned training pictures (`dev/pocket/make_scenes.py build/pocket/scenes`). Finished runs are kept in
+build/demo and not repeated. About ten minutes a seed on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+BUILD, RESULTS = Path("build/demo"), Path("dev/results")
+ARMS = {"zreward": "pocket/zreward", "continued-sft": "pocket/continue-sft"}
+
+
+def rewardtune(*command: str) -> None:
+    print("$ rewardtune", " ".join(command), flush=True)
+    subprocess.run([sys.executable, "-m", "rewardtune", *command], check=True)
+
+
+def training_seconds(run: Path) -> float:
+    """Time of all optimiser steps, without start and export."""
+    return float(sum(json.loads(line)["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()))
+
+
+def arm_row(document: dict[str, Any], side: str, run: Path, seed: int) -> dict[str, Any]:
+    """One arm against the start: verdicts, parts of the judge, what the trained reward says, diversity."""
+    pair = next(p for p in document["pairs"] if (p["a"], p["b"]) == (side, "base"))
+    judge = document["rewards"][side]["pocket-oracle"]
+    return {
+        "arm": side.rpartition("-")[0], "seed": seed, "training_seconds": round(training_seconds(run)),
+        "wins": pair["wins"], "ties": pair["ties"], "losses": pair["losses"],
+        "net": pair["net"], "net_ci95": pair["net_ci95"],
+        "facts_net": pair["parts"]["facts"]["net"], "facts_net_ci95": pair["parts"]["facts"]["net_ci95"],
+        **{name: judge["parts"][name]["mean"] for name in ("facts", "all_facts", "cleanliness")},
+        "trained_reward": document["rewards"][side]["zreward"]["mean"],
+        "diversity_ratio": document["diversity_details"][side]["ratio"],
+    }  # fmt: skip
+
+
+def table(start: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Markdown; the start's own figures in the first row."""
+    lines = [
+        "| arm | seed | training | won / tied / lost | net (95 % interval) | net on facts alone | facts right | whole "
+        "prompts right | cleanliness | reward | diversity of the start's |",
+        "|" + " --- |" * 11,
+        f"| SFT start | | | | | | {start['facts']:.1%} | {start['all_facts']:.1%} | {start['cleanliness']:.3f} | "
+        f"{start['trained_reward']:.2f} | |",
+    ]
+    for row in rows:
+        net, facts = (
+            f"{row[k]:+.3f} [{row[f'{k}_ci95'][0]:+.3f}, {row[f'{k}_ci95'][1]:+.3f}]" for k in ("net", "facts_net")
+        )
+        lines.append(
+            f"| {row['arm']} | {row['seed']} | {row['training_seconds']} s | {row['wins']} / {row['ties']} / "
+            f"{row['losses']} | {net} | {facts} | {row['facts']:.1%} | {row['all_facts']:.1%} | "
+            f"{row['cleanliness']:.3f} | {row['trained_reward']:.2f} | {row['diversity_ratio']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    start: dict[str, Any] = {}
+    for seed in args.seeds:
+        runs = {f"{arm}-{seed}": BUILD / f"{arm}-{seed}" for arm in ARMS}
+        for (arm, recipe), run in zip(ARMS.items(), runs.values(), strict=True):
+            if not (run / "export").is_dir():
+                rewardtune("train", recipe, f"train.seed={seed}", "--out", str(run))
+                print(f"{arm}: {training_seconds(run):.0f} s of training", flush=True)
+        report = BUILD / f"compare-{seed}"
+        if not (report / "compare.json").is_file():
+            rewardtune("compare", "base", *map(str, runs.values()), "--out", str(report))
+        document = json.loads((report / "compare.json").read_text())
+        judge = document["rewards"]["base"]["pocket-oracle"]["parts"]
+        start = {name: judge[name]["mean"] for name in ("facts", "all_facts", "cleanliness")}
+        start["trained_reward"] = document["rewards"]["base"]["zreward"]["mean"]
+        rows += [arm_row(document, side, run, seed) for side, run in runs.items()]
+    rows.sort(key=lambda row: (-list(ARMS).index(row["arm"]), row["seed"]))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    result = {"prompts": document["prompts"], "seeds_a_prompt": document["seeds"], "start": start, "arms": rows}
+    (RESULTS / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "demo.md").write_text(
+        "# The demo at several seeds\n\n"
+        f"`python dev/pocket/demo_seeds.py`: {document['prompts']} held-out prompts, {document['seeds']} images each, "
+        "judge `pocket-oracle`, every arm against the SFT start; intervals are bootstraps over prompts. Both arms "
+        "train the same adapters on two CPU cores.\n\n" + table(start, rows) + "\n"
+    )
+    print((RESULTS / "demo.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
