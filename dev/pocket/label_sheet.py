@@ -1,4 +1,4 @@
-"""Sheets on which a person checks facts of the pipeline's samples, and the person's answers as a labels file.
+"""Sheets on which people check facts of the pipeline's samples, and their answers as a labels file.
 
 First call: pictures and prompts -> numbered sheets. Second call, with --answers: -> labels for oracle_agreement.py.
 The sheets show nothing of what the judge says.
@@ -66,21 +66,32 @@ def pictures(source: Path) -> list[Image.Image]:
             for y in range(0, tiles.height, SIZE) for x in range(0, tiles.width, SIZE)]  # fmt: skip
 
 
-def answers(path: Path, prompts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Labels of lines `NUMBER: WRONG FACTS` such as `17: 3 5` or `18:` (all right); every picture must have a line."""
+def answers(path: Path, prompts: Sequence[Mapping[str, Any]]) -> list[list[bool]]:
+    """Whether each fact holds, of lines `NUMBER: WRONG FACTS` such as `17: 3 5` or `18:` (all right), one a picture."""
     wrong: dict[int, set[int]] = {}
     for line in path.read_text().splitlines():
         if line.strip() and not line.startswith("#"):
             number, _, facts = line.partition(":")
             assert int(number) not in wrong, f"picture {number} is answered twice"
             wrong[int(number)] = {int(f) for f in facts.split()}
-    assert sorted(wrong) == list(range(len(prompts))), "every picture needs one line"
+    assert sorted(wrong) == list(range(len(prompts))), f"{path}: every picture needs one line"
     out = []
     for number, row in enumerate(prompts):
         numbers = range(1, len(row["facts"]) + 1)
         assert wrong[number] <= set(numbers), f"picture {number} has no fact {wrong[number] - set(numbers)}"
-        person = [i not in wrong[number] for i in numbers]
-        out.append({"image": number, "prompt": row["prompt"], "facts": row["facts"], "person": person})
+        out.append([i not in wrong[number] for i in numbers])
+    return out
+
+
+def labels(files: Sequence[Path], prompts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row a picture: `votes`, how many labellers say that each fact holds, and `person`, what most of them say."""
+    assert len(files) % 2, "an even number of labellers can be undecided"
+    by_labeller = [answers(path, prompts) for path in files]
+    out = []
+    for number, (row, *said) in enumerate(zip(prompts, *by_labeller, strict=True)):
+        votes = [sum(fact) for fact in zip(*said, strict=True)]
+        person = [2 * v > len(files) for v in votes]
+        out.append({"image": number, "prompt": row["prompt"], "facts": row["facts"], "person": person, "votes": votes})
     return out
 
 
@@ -89,11 +100,11 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="a folder of PNGs, or one PNG of tiles")
     parser.add_argument("--prompts", type=Path, required=True, help="JSONL with prompt and facts, a line a picture")
     parser.add_argument("--out", type=Path, required=True, help="folder for the sheets; with --answers the labels file")
-    parser.add_argument("--answers", type=Path)
+    parser.add_argument("--answers", type=Path, nargs="+", help="a file a labeller; an odd number of them")
     args = parser.parse_args()
     prompts = [json.loads(line) for line in args.prompts.read_text().splitlines() if line.strip()]
     if args.answers:
-        rows = answers(args.answers, prompts)
+        rows = labels(args.answers, prompts)
         args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(f"{len(rows)} pictures, {sum(len(r['person']) for r in rows)} facts -> {args.out}")
         return

@@ -352,12 +352,17 @@ def test_answers_become_labels_and_labels_agreement(tmp_path: Path, monkeypatch:
     monkeypatch.syspath_prepend(str(DEV))
     sheet, compare = script("label_sheet"), script("oracle_agreement")
     prompts = [{"prompt": s.caption, "facts": s.facts()} for s in some_scenes(2, 8)]
-    (tmp_path / "answers.txt").write_text("# comment\n0: 1 3\n1:\n")
-    rows = sheet.answers(tmp_path / "answers.txt", prompts)
+    files = [tmp_path / f"answers{k}.txt" for k in range(3)]
+    for file, text in zip(files, ("# comment\n0: 1 3\n1:\n", "0: 1\n1: 2\n", "1:\n0: 3 2\n"), strict=True):
+        file.write_text(text)
+    rows = sheet.labels(files, prompts)
     assert [i for i, p in enumerate(rows[0]["person"], 1) if not p] == [1, 3]
+    assert rows[0]["votes"][:4] == [1, 2, 1, 3] and rows[1]["votes"][1] == 2
     assert all(rows[1]["person"]) and len(rows[1]["person"]) == len(prompts[1]["facts"])
     with pytest.raises(AssertionError, match="one line"):
-        sheet.answers(tmp_path / "answers.txt", prompts[:1])
+        sheet.answers(files[0], prompts[:1])
+    with pytest.raises(AssertionError, match="undecided"):
+        sheet.labels(files[:2], prompts)
     said = [[True] * len(rows[0]["person"]), rows[1]["person"]]
     report = compare.agreement(rows, said)
     facts = len(said[0]) + len(said[1])
