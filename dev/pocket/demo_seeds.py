@@ -45,10 +45,10 @@ def arm_row(document: dict[str, Any], side: str, run: Path, seed: int) -> dict[s
 def table(start: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Markdown; the start's own figures in the first row."""
     lines = [
-        "| arm | seed | training | won / tied / lost | net (95 % interval) | net on facts alone | facts right | whole "
+        "| arm | seed | won / tied / lost | net (95 % interval) | net on facts alone | facts right | whole "
         "prompts right | cleanliness | reward | diversity of the start's |",
-        "|" + " --- |" * 11,
-        f"| SFT start | | | | | | {start['facts']:.1%} | {start['all_facts']:.1%} | {start['cleanliness']:.3f} | "
+        "|" + " --- |" * 10,
+        f"| SFT start | | | | | {start['facts']:.1%} | {start['all_facts']:.1%} | {start['cleanliness']:.3f} | "
         f"{start['trained_reward']:.2f} | |",
     ]
     for row in rows:
@@ -56,7 +56,7 @@ def table(start: dict[str, Any], rows: list[dict[str, Any]]) -> str:
             f"{row[k]:+.3f} [{row[f'{k}_ci95'][0]:+.3f}, {row[f'{k}_ci95'][1]:+.3f}]" for k in ("net", "facts_net")
         )
         lines.append(
-            f"| {row['arm']} | {row['seed']} | {row['training_seconds']} s | {row['wins']} / {row['ties']} / "
+            f"| {row['arm']} | {row['seed']} | {row['wins']} / {row['ties']} / "
             f"{row['losses']} | {net} | {facts} | {row['facts']:.1%} | {row['all_facts']:.1%} | "
             f"{row['cleanliness']:.3f} | {row['trained_reward']:.2f} | {row['diversity_ratio']:.0%} |"
         )
@@ -83,7 +83,7 @@ def main() -> None:
         start = {name: judge[name]["mean"] for name in ("facts", "all_facts", "cleanliness")}
         start["trained_reward"] = document["rewards"]["base"]["zreward"]["mean"]
         rows += [arm_row(document, side, run, seed) for side, run in runs.items()]
-    rows.sort(key=lambda row: (-list(ARMS).index(row["arm"]), row["seed"]))
+    rows.sort(key=lambda row: (list(ARMS).index(row["arm"]), row["seed"]))
     RESULTS.mkdir(parents=True, exist_ok=True)
     result = {"prompts": document["prompts"], "seeds_a_prompt": document["seeds"], "start": start, "arms": rows}
     (RESULTS / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
