@@ -91,14 +91,17 @@ def labels(files: Sequence[Path], prompts: Sequence[Mapping[str, Any]]) -> list[
     for number, (row, *said) in enumerate(zip(prompts, *by_labeller, strict=True)):
         votes = [sum(fact) for fact in zip(*said, strict=True)]
         person = [2 * v > len(files) for v in votes]
-        out.append({"image": number, "prompt": row["prompt"], "facts": row["facts"], "person": person, "votes": votes})
+        known = {key: row[key] for key in ("kind", "prompt", "facts") if key in row}
+        out.append({"image": number, **known, "person": person, "votes": votes})
     return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=Path, required=True, help="a folder of PNGs, or one PNG of tiles")
-    parser.add_argument("--prompts", type=Path, required=True, help="JSONL with prompt and facts, a line a picture")
+    parser.add_argument(
+        "--prompts", type=Path, required=True, help="JSONL: prompt, facts and, if any, kind of sample"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the sheets; with --answers the labels file")
     parser.add_argument("--answers", type=Path, nargs="+", help="a file a labeller; an odd number of them")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""How far the held-out judge agrees with the person who labelled the pipeline's samples by looking at them.
+"""How far the held-out judge agrees with the people who labelled the pipeline's samples by looking at them.
 
 Reads dev/pocket/oracle_labels.jsonl and its pictures; prints, and writes with --out, agreement with intervals.
 """
@@ -34,6 +34,10 @@ def agreement(rows: Sequence[dict[str, Any]], said: Sequence[Sequence[bool]]) ->
             for fact, person, oracle in zip(row["facts"], row["person"], verdicts, strict=True)]  # fmt: skip
     report = {"overall": share([p == o for _, p, o in flat])}
     report |= {kind: share(own) for kind in KINDS if (own := [p == o for k, p, o in flat if k == kind])}
+    for kind in sorted({row["kind"] for row in rows if "kind" in row}):
+        own = [p == o for row, verdicts in zip(rows, said, strict=True) if row.get("kind") == kind
+               for p, o in zip(row["person"], verdicts, strict=True)]  # fmt: skip
+        report[kind] = share(own)
     for name, value in (("person says right", True), ("person says wrong", False)):
         if own := [o == value for _, p, o in flat if p == value]:
             report[name] = share(own)
@@ -65,7 +69,7 @@ def main() -> None:
     rows, readings, said = judged(args.labels, args.images, PocketOracle.load(PocketOracle.Config()))
     report = agreement(rows, said)
     for name, figures in report.items():
-        print(f"{name:20s}", *(f"{key} {value}" for key, value in figures.items()))
+        print(f"{name:30s}", *(f"{key} {value}" for key, value in figures.items()))
     if args.disagreements:
         for row, reading, verdicts in zip(rows, readings, said, strict=True):
             for fact, person, verdict in zip(row["facts"], row["person"], verdicts, strict=True):

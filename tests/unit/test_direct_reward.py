@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from rewardtune.pipelines.z_image import ZImage
+from safetensors import safe_open
 
 from rewardtune import gradients
 from rewardtune.diffusion import export, lora
@@ -156,4 +158,7 @@ def test_exported_adapters_load_in_diffusers_to_the_same_image(tmp_path):
     assert all(
         k.startswith("transformer.") and (k.endswith("lora_A.weight") or k.endswith("lora_B.weight")) for k in keys
     )
+    with safe_open(folder / export.LORA_FILE, framework="np") as file:
+        targets = json.loads(file.metadata()["lora_adapter_metadata"])["transformer.target_modules"]
+    assert targets == sorted(targets) and len(targets) == len(adapter.lora_targets["transformer"])
     assert "pipe.load_lora_weights" in (folder / "README.md").read_text()
