@@ -99,9 +99,7 @@ def labels(files: Sequence[Path], prompts: Sequence[Mapping[str, Any]]) -> list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=Path, required=True, help="a folder of PNGs, or one PNG of tiles")
-    parser.add_argument(
-        "--prompts", type=Path, required=True, help="JSONL: prompt, facts and, if any, kind of sample"
-    )
+    parser.add_argument("--prompts", type=Path, required=True, help="JSONL: prompt, facts and, if any, kind of sample")
     parser.add_argument("--out", type=Path, required=True, help="folder for the sheets; with --answers the labels file")
     parser.add_argument("--answers", type=Path, nargs="+", help="a file a labeller; an odd number of them")
     args = parser.parse_args()
