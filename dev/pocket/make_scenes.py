@@ -33,11 +33,11 @@ def write_scenes(folder: Path, *, count: int, simple: int, seed: int) -> None:
         for i in range(count + simple):
             scene = sample_scene(rng, "train") if i < count else simple_scene(rng)
             name = f"images/{i:06d}.png"
-            _collected(scene, rng).save(folder / name, compress_level=1)
+            collected(scene, rng).save(folder / name, compress_level=1)
             manifest.write(json.dumps({"image": name, "caption": scene.caption, "facts": scene.facts()}) + "\n")
 
 
-def _collected(scene: Scene, rng: random.Random) -> Image.Image:
+def collected(scene: Scene, rng: random.Random) -> Image.Image:
     """A picture for the caption of a scene as a collection would have it; never a composition of another split."""
     drawn = scene
     if rng.random() < MISCAPTIONED:

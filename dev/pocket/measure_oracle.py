@@ -117,7 +117,7 @@ def card(report: dict[str, Any], training: dict[str, Any]) -> str:
     faults_table = "\n".join(rows)
     overall, kinds = report["person"]["overall"], [k for k in report["person"] if "steps" in k]
     low, high = (100 * edge for edge in overall["ci95"])
-    by_kind = ", ".join(f"{k} {100 * report['person'][k]['agreement']:.0f} %" for k in kinds)
+    by_kind = "; ".join(f"{k}: {100 * report['person'][k]['agreement']:.0f} %" for k in kinds)
     return f"""---
 license: apache-2.0
 tags: [rewardtune]
@@ -139,9 +139,10 @@ pictures, seed {objects["seed"]}, {minutes:.0f} minutes on a busy core.
 {row("the same through the autoencoder", report["autoencoder"])}
 
 On {overall["facts"]:,} facts of samples of the pipeline, blurry and empty ones included, it agrees with what most of
-three labellers say in {100 * overall["agreement"]:.1f} % [{low:.1f}, {high:.1f}] ({by_kind}); the labellers agree with
-each other in 96 %. They were AI models that looked at sheets without sight of the judge
-(`dev/pocket/oracle_labels.jsonl`; `dev/pocket/oracle_agreement.py`).
+three labellers say in {100 * overall["agreement"]:.1f} % [{low:.1f}, {high:.1f}]; the labellers agree with each other in
+96 %. By kind of sample: {by_kind}.
+The labellers were AI models that looked at sheets without sight of the judge (`dev/pocket/oracle_labels.jsonl`;
+`dev/pocket/oracle_agreement.py`).
 
 Mean drop of the verdict (0 to 1) under drawing faults that it was not trained on, by severity:
 

@@ -36,7 +36,7 @@ def lora(pipeline: Pipeline, modules: Sequence[str], folder: Path, provenance: M
         layers[f"{name}_lora_layers"] = {
             k: (v * scale if "lora_B" in k else v).detach().cpu().contiguous() for k, v in state.items()
         }
-        # peft keeps a set; sorted, the same run always writes the same file
+        # peft keeps a set; sorted, the same run says the same in every process
         targets = sorted(config["target_modules"])
         layers[f"{name}_lora_adapter_metadata"] = {**config, "lora_alpha": config["r"], "target_modules": targets}
     type(pipeline.pipe).save_lora_weights(str(folder), **layers)

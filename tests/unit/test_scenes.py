@@ -76,6 +76,17 @@ def test_training_pictures_are_of_the_train_split(tmp_path: Path) -> None:
     assert open_image(found[0].image).size == (64, 64)
 
 
+def test_collected_pictures_are_of_mixed_quality() -> None:
+    collected = _script("make_scenes").collected  # type: ignore[attr-defined]
+    rng = random.Random(5)
+    clean = 0
+    for _ in range(400):
+        scene = sample_scene(rng, "train")
+        clean += np.array_equal(np.asarray(collected(scene, rng)), np.asarray(render(scene)))
+    # as captioned and without a fault: 0.7 * 0.55 = 0.385 of 400, standard deviation 9.7
+    assert 154 - 30 < clean < 154 + 30
+
+
 def test_simple_scenes_are_for_training_only() -> None:
     rng = random.Random(2)
     for _ in range(200):
