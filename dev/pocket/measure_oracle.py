@@ -139,8 +139,8 @@ pictures, seed {objects["seed"]}, {minutes:.0f} minutes on a busy core.
 {row("the same through the autoencoder", report["autoencoder"])}
 
 On {overall["facts"]:,} facts of samples of the pipeline, blurry and empty ones included, it agrees with what most of
-three labellers say in {100 * overall["agreement"]:.1f} % [{low:.1f}, {high:.1f}]; the labellers agree with each other in
-96 %. By kind of sample: {by_kind}.
+three labellers say in {100 * overall["agreement"]:.1f} % [{low:.1f}, {high:.1f}]; the labellers agree with each other
+in 96 %. By kind of sample: {by_kind}.
 The labellers were AI models that looked at sheets without sight of the judge (`dev/pocket/oracle_labels.jsonl`;
 `dev/pocket/oracle_agreement.py`).
 
