@@ -15,12 +15,14 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from rewardtune.pocket.scenes import CONCEPTS, NUMBERS, RELATIONS, SIZE
+from rewardtune.pocket.scenes import BACKGROUNDS, CONCEPTS, NUMBERS, RELATIONS, SIZE, paste, sprite
 
 COLUMNS, ROWS, SCALE = 3, 3, 4
 LINE = 16
 """Pixels between lines of text."""
-CELL = (520, 19 * LINE)  # number, three lines of caption, a gap, thirteen facts
+ART = 84
+"""Side of the artwork below a picture, pixels."""
+CELL = (520, SIZE * SCALE + ART + 20)  # beside it: number, three lines of caption, a gap, thirteen facts
 
 
 def in_words(fact: Mapping[str, Any]) -> str:
@@ -41,14 +43,25 @@ def in_words(fact: Mapping[str, Any]) -> str:
             return f"{fact['background']} background"
 
 
+def artwork(facts: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """What the claimed objects look like as drawn: a strip of clean artwork in the claimed colours and background."""
+    tints = {f["concept"]: f["tint"] for f in facts if f["kind"] == "colour"}
+    background = next((f["background"] for f in facts if f["kind"] == "background"), "white")
+    strip = Image.new("RGB", (max(1, len(tints)) * ART, ART), BACKGROUNDS[background])
+    for i, (concept, tint) in enumerate(tints.items()):
+        paste(strip, sprite(concept, tint), (i + 0.5) * ART, ART / 2, ART - 12)
+    return strip
+
+
 def sheet(rows: Sequence[tuple[int, Image.Image, Mapping[str, Any]]]) -> Image.Image:
-    """One page: number, enlarged picture, caption, numbered facts."""
+    """One page: number, enlarged picture, the artwork that it should show, caption, numbered facts."""
     page = Image.new("RGB", (COLUMNS * CELL[0], ROWS * CELL[1]), (255, 255, 255))
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
     for k, (number, picture, row) in enumerate(rows):
         x, y = (k % COLUMNS) * CELL[0] + 4, (k // COLUMNS) * CELL[1] + 4
         page.paste(picture.resize((SIZE * SCALE, SIZE * SCALE), Image.Resampling.BICUBIC), (x, y))
         pen.rectangle((x - 1, y - 1, x + SIZE * SCALE, y + SIZE * SCALE), outline=(0, 0, 0))
+        page.paste(artwork(row["facts"]), (x, y + SIZE * SCALE + 6))
         lines = [f"#{number}", *textwrap.wrap(row["prompt"], 34), ""]
         lines += [f"{i}  {in_words(fact)}" for i, fact in enumerate(row["facts"], 1)]
         for line, text in enumerate(lines):
