@@ -140,9 +140,9 @@ pictures, seed {objects["seed"]}, {minutes:.0f} minutes on a busy core.
 
 On {overall["facts"]:,} facts of samples of the pipeline, blurry and empty ones included, it agrees with what most of
 three labellers say in {100 * overall["agreement"]:.1f} % [{low:.1f}, {high:.1f}]; the labellers agree with each other
-in 96 %. By kind of sample: {by_kind}.
-The labellers were AI models that looked at sheets without sight of the judge (`dev/pocket/oracle_labels.jsonl`;
-`dev/pocket/oracle_agreement.py`).
+in 97 %. By kind of sample: {by_kind}.
+The labellers were AI models that looked at sheets with the artwork asked for beside each picture, without the judge
+(`dev/pocket/oracle_labels.jsonl`; `dev/pocket/oracle_agreement.py`).
 
 Mean drop of the verdict (0 to 1) under drawing faults that it was not trained on, by severity:
 

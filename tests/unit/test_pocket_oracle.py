@@ -381,7 +381,7 @@ def test_the_judge_agrees_with_people_on_samples(judge: PocketOracle, monkeypatc
     report = compare.agreement(rows, said)
     assert len(rows) == 250 and report["overall"]["facts"] > 2000
     # The aim is 0.9. Pictures of this pipeline are harder to read than those of the one before it (0.924): see the log.
-    assert report["overall"]["agreement"] > 0.85
+    assert report["overall"]["agreement"] > 0.87
     # to say yes to everything would agree often, too: wrong facts are found, and not too many
-    assert report["person says wrong"]["agreement"] > 0.5
+    assert report["person says wrong"]["agreement"] > 0.6
     assert abs(report["all facts right"]["oracle"] - report["all facts right"]["person"]) < 0.1
