@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from rewardtune.data.references import PREFIX
 from rewardtune.errors import RecipeError
 from rewardtune.recipe.sections import DirectRewardRecipe, PipelineSection, Recipe, RewardSection, SftRecipe
+from rewardtune.recipe.suggest import closest
 from rewardtune.training.run_folder import read_recipe
 
 BASE = "base"
@@ -66,8 +67,9 @@ def resolve_sides(given: Sequence[str | Path]) -> list[Side]:
     for side in sides:
         if side is None:
             raise RecipeError(
-                "`base` is the start of a run among the sides, but no side is a run folder (one with recipe.json). "
-                "Name the starting pipeline itself instead of `base`."
+                "`base` is the start of a run among the sides, but no side is a run folder (one with recipe.json): "
+                f"{', '.join(r for r in references if r != BASE) or 'there is no other side'}. Check the "
+                "names, or name the starting pipeline itself instead of `base`."
             )
         # a plain pipeline that a run here started from is loaded with the same options as that run
         section = known.get(side.pipeline.model, side.pipeline) if side.recipe is None else side.pipeline
@@ -99,6 +101,11 @@ def read_run_recipe(folder: Path) -> Diffusion:
 def _resolve(reference: str) -> Side:
     """A run folder, an exported LoRA, or a pipeline (folder, hub id, pocket: name)."""
     folder = Path(reference).expanduser()
+    if not folder.exists() and not reference.startswith(PREFIX) and folder.parent != Path() and folder.parent.is_dir():
+        # `runs/nothere` would pass for a hub id
+        there = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
+        guess = closest(folder.name, there)
+        raise RecipeError(f"{reference}: there is no such folder in {folder.parent}{guess or '.'}")
     if reference.startswith(PREFIX) or not folder.exists():
         from rewardtune.data.references import resolve
 

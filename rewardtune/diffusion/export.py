@@ -16,6 +16,8 @@ from rewardtune.errors import CheckFailed
 from rewardtune.plugins import Guidance, Pipeline
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+THIS = '"path/to/this/folder"'
+"""How a card's example names the folder that it lies in: folders are moved and uploaded."""
 _PROBE_STEPS = 2
 
 
@@ -115,15 +117,16 @@ def _write_card(folder: Path, provenance: Mapping[str, str], *, base: str, adapt
     }
     if not local:
         front["base_model"] = base
-    how = (
-        f'pipe = DiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{folder.name}")'
-        if adapters
-        else f'pipe = DiffusionPipeline.from_pretrained("{folder.name}")'
-    )
+    how, start = "from diffusers import DiffusionPipeline\n", f'"{base}"'
+    if adapters and base.startswith("pocket:"):
+        how, start = how + "from rewardtune.data.references import resolve\n", f'resolve("{base}")'
+    how += f"\npipe = DiffusionPipeline.from_pretrained({start if adapters else THIS})\n"
+    if adapters:
+        how += f"pipe.load_lora_weights({THIS})\n"
     facts = "\n".join(f"| {k} | `{str(v)[:200]}` |" for k, v in sorted(provenance.items()))
     (folder / "README.md").write_text(
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n\n# {provenance.get('name', 'rewardtune')}\n\n"
-        f"Trained with rewardtune from `{base}`.\n\n```python\nfrom diffusers import DiffusionPipeline\n{how}\n```\n\n"
+        f"Trained with rewardtune from `{base}`.\n\n```python\n{how}```\n\n"
         f"| | |\n| --- | --- |\n{facts}\n"
     )
 

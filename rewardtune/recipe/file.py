@@ -175,10 +175,12 @@ def _validate(data: dict[str, Any]) -> tuple[Any, list[Mistake]]:
 
 def _located(mistake: Mistake, document: Document, applied: Mapping[Loc, str]) -> _Located:
     """The override that put the value there, or the line of the key, or of the nearest section around it."""
-    for length in range(len(mistake.loc), 0, -1):
-        loc = mistake.loc[:length]
+    around = [mistake.loc[:length] for length in range(len(mistake.loc), 0, -1)]
+    # an override replaces all that the file says below its key, so it is asked first
+    for loc in around:
         if loc in applied:
             return _Located(mistake, None, applied[loc])
+    for loc in around:
         if loc in document.lines:
             return _Located(mistake, document.lines[loc], "")
     return _Located(mistake, None, "")

@@ -306,6 +306,14 @@ def test_sides_that_cannot_be_compared(world: Path, tmp_path: Path) -> None:
             resolve_sides(sides)
 
 
+def test_a_mistyped_run_is_no_hub_id(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+    with pytest.raises(RecipeError, match="runs/dmo: there is no such folder in runs; did you mean 'demo'"):
+        resolve_sides(["runs/demo", "runs/dmo"])
+    with pytest.raises(RecipeError, match=r"no side is a run folder.*: owner/name\. Check"):
+        resolve_sides(["base", "owner/name"])
+
+
 def test_mistakes_cost_no_image(world: Path, tmp_path: Path) -> None:
     sides = ["base", world / "runs" / "demo"]
     out = tmp_path / "out"

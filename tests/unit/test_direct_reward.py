@@ -161,4 +161,4 @@ def test_exported_adapters_load_in_diffusers_to_the_same_image(tmp_path):
     with safe_open(folder / export.LORA_FILE, framework="np") as file:
         targets = json.loads(file.metadata()["lora_adapter_metadata"])["transformer.target_modules"]
     assert targets == sorted(targets) and len(targets) == len(adapter.lora_targets["transformer"])
-    assert "pipe.load_lora_weights" in (folder / "README.md").read_text()
+    assert 'pipe.load_lora_weights("path/to/this/folder")' in (folder / "README.md").read_text()

@@ -215,6 +215,7 @@ def test_an_override_reaches_one_of_two_aliased_places_only(recipe):
         ("=3", "write it as section.key=value"),
         ("train..steps=3", "write it as section.key=value"),
         ("train.steps=[1", "override 'train.steps=[1':1: this is not valid YAML"),
+        ("train={steps: many}", "override 'train={steps: many}': train.steps is the text 'many'"),
         ("train={steps: 1, steps: 2}", "override 'train={steps: 1, steps: 2}': key 'steps' is given twice"),
     ],
 )
