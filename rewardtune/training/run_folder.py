@@ -190,7 +190,7 @@ def _move_aside(folder: Path) -> None:
 
 def _git_revision() -> str | None:
     """Revision of the checkout that this package runs from, with `+` when it has changes; None outside of one."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:

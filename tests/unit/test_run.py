@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from multiprocessing.process import BaseProcess
@@ -61,6 +62,10 @@ def test_a_run_folder_holds_what_the_interface_says(tmp_path: Path) -> None:
     record = json.loads((folder / "recipe.json").read_text())
     assert record["recipe"] == loaded.resolved and record["sha256"] == loaded.sha256
     assert record["versions"]["torch"] == torch.__version__ and record["plugins"] == {}
+    root = SCRIPT.parents[2]
+    head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    known = head.stdout.strip() if head.returncode == 0 and (root / ".git").exists() else ""
+    assert (record["git_revision"] or "").removesuffix("+") == known
     lines = read_metrics(folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert {"step", "loss", "reward/fit", "grad_norm", "lr", "seconds", "skipped"} <= lines[0].keys()
