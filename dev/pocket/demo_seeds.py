@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rewardtune.training.track import read_metrics
+
 BUILD, RESULTS = Path("build/demo"), Path("dev/results")
 ARMS = {"zreward": "pocket/zreward", "continued-sft": "pocket/continue-sft"}
 
@@ -24,20 +26,25 @@ def rewardtune(*command: str) -> None:
 
 def training_seconds(run: Path) -> float:
     """Time of all optimiser steps, without start and export."""
-    return float(sum(json.loads(line)["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()))
+    return float(sum(line["seconds"] for line in read_metrics(run / "metrics.jsonl")))
+
+
+def means(document: dict[str, Any], side: str) -> dict[str, float]:
+    """What the judge's parts and the trained reward say of a side's images."""
+    judge = document["rewards"][side]["pocket-oracle"]["parts"]
+    parts = {name: judge[name]["mean"] for name in ("facts", "all_facts", "cleanliness")}
+    return {**parts, "trained_reward": document["rewards"][side]["zreward"]["mean"]}
 
 
 def arm_row(document: dict[str, Any], side: str, run: Path, seed: int) -> dict[str, Any]:
     """One arm against the start: verdicts, parts of the judge, what the trained reward says, diversity."""
     pair = next(p for p in document["pairs"] if (p["a"], p["b"]) == (side, "base"))
-    judge = document["rewards"][side]["pocket-oracle"]
     return {
         "arm": side.rpartition("-")[0], "seed": seed, "training_seconds": round(training_seconds(run)),
         "wins": pair["wins"], "ties": pair["ties"], "losses": pair["losses"],
         "net": pair["net"], "net_ci95": pair["net_ci95"],
         "facts_net": pair["parts"]["facts"]["net"], "facts_net_ci95": pair["parts"]["facts"]["net_ci95"],
-        **{name: judge["parts"][name]["mean"] for name in ("facts", "all_facts", "cleanliness")},
-        "trained_reward": document["rewards"][side]["zreward"]["mean"],
+        **means(document, side),
         "diversity_ratio": document["diversity_details"][side]["ratio"],
     }  # fmt: skip
 
@@ -68,7 +75,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    start: dict[str, Any] = {}
     for seed in args.seeds:
         runs = {f"{arm}-{seed}": BUILD / f"{arm}-{seed}" for arm in ARMS}
         for (arm, recipe), run in zip(ARMS.items(), runs.values(), strict=True):
@@ -79,11 +85,9 @@ def main() -> None:
         if not (report / "compare.json").is_file():
             rewardtune("compare", "base", *map(str, runs.values()), "--out", str(report))
         document = json.loads((report / "compare.json").read_text())
-        judge = document["rewards"]["base"]["pocket-oracle"]["parts"]
-        start = {name: judge[name]["mean"] for name in ("facts", "all_facts", "cleanliness")}
-        start["trained_reward"] = document["rewards"]["base"]["zreward"]["mean"]
         rows += [arm_row(document, side, run, seed) for side, run in runs.items()]
     rows.sort(key=lambda row: (list(ARMS).index(row["arm"]), row["seed"]))
+    start = means(document, "base")  # the same images at every training seed
     RESULTS.mkdir(parents=True, exist_ok=True)
     result = {"prompts": document["prompts"], "seeds_a_prompt": document["seeds"], "start": start, "arms": rows}
     (RESULTS / "demo.json").write_text(json.dumps(result, indent=1) + "\n")

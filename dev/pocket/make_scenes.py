@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from rewardtune.pocket.faults import FAULTS, misread
+from rewardtune.pocket.faults import degrade, misread
 from rewardtune.pocket.scenes import Scene, Split, render, sample_scene, simple_scene
 
 PROMPTS: dict[Split, int] = {"train": 2000, "validation": 128, "heldout": 256}
@@ -46,8 +46,7 @@ def collected(scene: Scene, rng: random.Random) -> Image.Image:
             drawn = misread(scene, rng)
     picture = render(drawn)
     if rng.random() < SPOILED:
-        fault, _ = FAULTS[rng.choice(COMMON_FAULTS)]
-        picture = fault(picture, rng.random(), rng)
+        picture = degrade(picture, rng, COMMON_FAULTS)
     return picture
 
 

@@ -115,9 +115,9 @@ def card(report: dict[str, Any], training: dict[str, Any]) -> str:
                 f"| {name} | " + " | ".join(f"{by_severity[str(s)]['mean_drop']:.3f}" for s in SEVERITIES) + " |"
             )
     faults_table = "\n".join(rows)
-    overall, kinds = report["person"]["overall"], [k for k in report["person"] if "steps" in k]
+    overall, labellers = report["person"]["overall"], report["person"]["labellers"]
     low, high = (100 * edge for edge in overall["ci95"])
-    by_kind = "; ".join(f"{k}: {100 * report['person'][k]['agreement']:.0f} %" for k in kinds)
+    by_kind = "; ".join(f"{k}: {100 * v['agreement']:.0f} %" for k, v in report["person"]["samples"].items())
     return f"""---
 license: apache-2.0
 tags: [rewardtune]
@@ -139,8 +139,8 @@ pictures, seed {objects["seed"]}, {minutes:.0f} minutes on a busy core.
 {row("the same through the autoencoder", report["autoencoder"])}
 
 On {overall["facts"]:,} facts of samples of the pipeline, blurry and empty ones included, it agrees with what most of
-three labellers say in {100 * overall["agreement"]:.1f} % [{low:.1f}, {high:.1f}]; the labellers agree with each other
-in 97 %. By kind of sample: {by_kind}.
+{labellers["labellers"]} labellers say in {100 * overall["agreement"]:.1f} % [{low:.1f}, {high:.1f}]; the labellers
+agree with each other in {100 * labellers["agreement"]:.0f} %. By kind of sample: {by_kind}.
 The labellers were AI models that looked at sheets with the artwork asked for beside each picture, without the judge
 (`dev/pocket/oracle_labels.jsonl`; `dev/pocket/oracle_agreement.py`).
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,21 +31,28 @@ def share(agreed: Sequence[bool]) -> dict[str, Any]:
 
 def agreement(rows: Sequence[dict[str, Any]], said: Sequence[Sequence[bool]]) -> dict[str, Any]:
     """Overall, by kind of fact, and by what the person said; also whole pictures (all facts right or not)."""
-    flat = [(fact["kind"], person, oracle) for row, verdicts in zip(rows, said, strict=True)
+    flat = [(fact["kind"], row.get("kind"), person, oracle) for row, verdicts in zip(rows, said, strict=True)
             for fact, person, oracle in zip(row["facts"], row["person"], verdicts, strict=True)]  # fmt: skip
-    report = {"overall": share([p == o for _, p, o in flat])}
-    report |= {kind: share(own) for kind in KINDS if (own := [p == o for k, p, o in flat if k == kind])}
-    for kind in sorted({row["kind"] for row in rows if "kind" in row}):
-        own = [p == o for row, verdicts in zip(rows, said, strict=True) if row.get("kind") == kind
-               for p, o in zip(row["person"], verdicts, strict=True)]  # fmt: skip
-        report[kind] = share(own)
+    report = {"overall": share([p == o for _, _, p, o in flat])}
+    report |= {kind: share(own) for kind in KINDS if (own := [p == o for k, _, p, o in flat if k == kind])}
     for name, value in (("person says right", True), ("person says wrong", False)):
-        if own := [o == value for _, p, o in flat if p == value]:
+        if own := [o == value for _, _, p, o in flat if p == value]:
             report[name] = share(own)
+    samples = sorted({row["kind"] for row in rows if "kind" in row})
+    report["samples"] = {kind: share([p == o for _, k, p, o in flat if k == kind]) for kind in samples}
+    if all("votes" in row for row in rows):
+        report["labellers"] = each_other([votes for row in rows for votes in row["votes"]])
     report["whole pictures"] = share([all(r["person"]) == all(v) for r, v in zip(rows, said, strict=True)])
     report["all facts right"] = {"person": round(float(np.mean([all(r["person"]) for r in rows])), 4),
                                  "oracle": round(float(np.mean([all(v) for v in said])), 4)}  # fmt: skip
     return report
+
+
+def each_other(votes: Sequence[int]) -> dict[str, Any]:
+    """How often two labellers say the same of a fact; `votes` counts those who say that it holds."""
+    count = max(votes)  # some fact convinces all of them
+    same = [math.comb(v, 2) + math.comb(count - v, 2) for v in votes]
+    return {"labellers": count, "agreement": round(sum(same) / (math.comb(count, 2) * len(votes)), 4)}
 
 
 def judged(
@@ -68,7 +76,8 @@ def main() -> None:
     args = parser.parse_args()
     rows, readings, said = judged(args.labels, args.images, PocketOracle.load(PocketOracle.Config()))
     report = agreement(rows, said)
-    for name, figures in report.items():
+    flat = {name: figures for name, figures in report.items() if name != "samples"} | report["samples"]
+    for name, figures in flat.items():
         print(f"{name:30s}", *(f"{key} {value}" for key, value in figures.items()))
     if args.disagreements:
         for row, reading, verdicts in zip(rows, readings, said, strict=True):

@@ -10,11 +10,14 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from torch import nn
 
 from rewardtune.pocket.faults import degrade
 from rewardtune.pocket.scenes import render, sample_scene
@@ -32,31 +35,55 @@ def pictures(count: int, seed: int, faulty: float) -> torch.Tensor:
     return torch.from_numpy(out)
 
 
-def sharpen(vae: AutoencoderKL, train: torch.Tensor, *, steps: int, batch: int, generator: torch.Generator) -> None:
-    """Train the decoder on: edges count by themselves, and latents are a little off, as a denoiser's are."""
-    vae.requires_grad_(False)
-    decoder = vae.decoder.requires_grad_(True)
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mode() for x in train.split(128)])
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1.5e-3, weight_decay=0.0, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.05)
+def signed(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 pictures as the autoencoder takes them, in [-1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+def fit(
+    module: nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor], *, pictures: int, steps: int, batch: int,
+    lr: float, generator: torch.Generator,
+) -> None:  # fmt: skip
+    """Train a module on `loss_of(rows)`, the loss on `batch` of the pictures by their numbers."""
+    started = time.time()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     for step in range(steps):
-        rows = torch.randint(len(train), (batch,), generator=generator)
-        x = train[rows].float() / 127.5 - 1
+        loss = loss_of(torch.randint(pictures, (batch,), generator=generator))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            print(f"{type(module).__name__} {step} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True)
+
+
+def train_both(vae: AutoencoderKL, train: torch.Tensor, *, generator: torch.Generator, **how: Any) -> None:
+    def loss_of(rows: torch.Tensor) -> torch.Tensor:
+        x = signed(train[rows])
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            y = vae.decode(posterior.sample(generator=generator)).sample.float()
+        return (y - x).abs().mean() + (y - x).pow(2).mean() + 1e-5 * posterior.kl().mean() / (16 * 16)
+
+    fit(vae, loss_of, pictures=len(train), lr=2e-3, generator=generator, **how)
+
+
+def sharpen(vae: AutoencoderKL, train: torch.Tensor, *, generator: torch.Generator, **how: Any) -> None:
+    """Train the decoder on: edges count by themselves, and latents are a little off, as a denoiser's are."""
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(signed(x)).latent_dist.mode() for x in train.split(128)])
+
+    def loss_of(rows: torch.Tensor) -> torch.Tensor:
         z = latents[rows] + 0.03 * torch.randn(latents[rows].shape, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             y = vae.decode(z).sample.float()
-        difference = y - x
+        difference = y - signed(train[rows])
         edges = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
-        loss = difference.abs().mean() + difference.pow(2).mean() + 0.5 * edges
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 500 == 0:
-            print(f"decoder {step} loss {loss.item():.4f}", flush=True)
-    vae.requires_grad_(True)
+        return difference.abs().mean() + difference.pow(2).mean() + 0.5 * edges
+
+    fit(vae.decoder, loss_of, pictures=len(train), lr=1.5e-3, generator=generator, **how)
 
 
 def main() -> None:
@@ -77,25 +104,11 @@ def main() -> None:
     )  # fmt: skip
     print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters", flush=True)
     train = pictures(12_000, args.seed, faulty=0.15)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.steps, pct_start=0.05)
     generator = torch.Generator().manual_seed(args.seed)
-    for step in range(args.steps):
-        x = train[torch.randint(len(train), (args.batch,), generator=generator)].float() / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(x).latent_dist
-            y = vae.decode(posterior.sample(generator=generator)).sample.float()
-        loss = (y - x).abs().mean() + (y - x).pow(2).mean() + 1e-5 * posterior.kl().mean() / (16 * 16)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0:
-            print(f"{step} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True)
+    train_both(vae, train, steps=args.steps, batch=args.batch, generator=generator)
     sharpen(vae, train, steps=args.decoder_steps, batch=args.batch, generator=generator)
     with torch.no_grad():
-        held = pictures(512, args.seed + 1, faulty=0.0).float() / 127.5 - 1
+        held = signed(pictures(512, args.seed + 1, faulty=0.0))
         means = torch.cat([vae.encode(x).latent_dist.mode() for x in held.split(64)])
         error = torch.cat([(vae.decode(z).sample.clamp(-1, 1) - x).pow(2).mean((1, 2, 3))
                            for z, x in zip(means.split(64), held.split(64), strict=True)])  # fmt: skip

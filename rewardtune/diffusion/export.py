@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewardtune.data.references import resolve
+from rewardtune.data.references import PREFIX, resolve
 from rewardtune.diffusion.rollout import sample
 from rewardtune.errors import CheckFailed
 from rewardtune.plugins import Guidance, Pipeline
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-THIS = '"path/to/this/folder"'
+_THIS = '"path/to/this/folder"'
 """How a card's example names the folder that it lies in: folders are moved and uploaded."""
 _PROBE_STEPS = 2
 
@@ -109,24 +109,25 @@ def _flat(provenance: Mapping[str, str], base: str) -> dict[str, str]:
 def _write_card(folder: Path, provenance: Mapping[str, str], *, base: str, adapters: bool) -> None:
     import yaml
 
-    local = base.startswith("pocket:") or Path(base).expanduser().exists()
+    shipped = base.startswith(PREFIX)
     front: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": ["diffusers", "rewardtune", *(["lora", "template:diffusion-lora"] if adapters else [])],
     }
-    if not local:
+    if not shipped and not Path(base).expanduser().exists():
         front["base_model"] = base
-    how, start = "from diffusers import DiffusionPipeline\n", f'"{base}"'
-    if adapters and base.startswith("pocket:"):
-        how, start = how + "from rewardtune.data.references import resolve\n", f'resolve("{base}")'
-    how += f"\npipe = DiffusionPipeline.from_pretrained({start if adapters else THIS})\n"
+    imports, start = ["from diffusers import DiffusionPipeline"], f'"{base}"' if adapters else _THIS
+    if adapters and shipped:
+        imports, start = [*imports, "from rewardtune.data.references import resolve"], f"resolve({start})"
+    how = [*imports, "", f"pipe = DiffusionPipeline.from_pretrained({start})"]
     if adapters:
-        how += f"pipe.load_lora_weights({THIS})\n"
+        how.append(f"pipe.load_lora_weights({_THIS})")
+    example = "\n".join(how)
     facts = "\n".join(f"| {k} | `{str(v)[:200]}` |" for k, v in sorted(provenance.items()))
     (folder / "README.md").write_text(
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n\n# {provenance.get('name', 'rewardtune')}\n\n"
-        f"Trained with rewardtune from `{base}`.\n\n```python\n{how}```\n\n"
+        f"Trained with rewardtune from `{base}`.\n\n```python\n{example}\n```\n\n"
         f"| | |\n| --- | --- |\n{facts}\n"
     )
 

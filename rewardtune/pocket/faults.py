@@ -7,7 +7,7 @@ fits its caption. `degrade` and the single faults below change *how* it is drawn
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -109,9 +109,9 @@ FAULTS: dict[str, tuple[Fault, tuple[float, float, float]]] = {
 }
 
 
-def degrade(image: Image.Image, rng: random.Random) -> Image.Image:
-    """One random drawing fault of random severity."""
-    fault, _ = FAULTS[rng.choice(sorted(FAULTS))]
+def degrade(image: Image.Image, rng: random.Random, among: Sequence[str] = tuple(sorted(FAULTS))) -> Image.Image:
+    """One random drawing fault of random severity; `among` names those to choose from."""
+    fault, _ = FAULTS[rng.choice(among)]
     return fault(image, rng.random(), rng)
 
 

@@ -370,6 +370,7 @@ def test_answers_become_labels_and_labels_agreement(tmp_path: Path, monkeypatch:
     assert report["person says wrong"]["agreement"] == 0.0
     assert report["person says right"]["agreement"] == 1.0
     assert report["whole pictures"]["agreement"] == 0.5
+    assert compare.each_other([3, 2, 0, 1]) == {"labellers": 3, "agreement": round((3 + 1 + 3 + 1) / (4 * 3), 4)}
     # Wilson: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) with p = 0.9, n = 10, z = 1.95996
     assert compare.share([True] * 9 + [False])["ci95"] == [0.5958, 0.9821]
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -208,6 +209,8 @@ def test_dry_run_does_it_all_once_and_leaves_nothing(tmp_path: Path, capsys: pyt
     run.train_recipe(tiny.tiny_recipe(train={"ema_decay": 0.9}), out=out, dry_run=True)
     said = capsys.readouterr().err
     assert "one step took" in said and "12 steps take about 0:00:0" in said
+    # of the whole process, so it depends on the tests that ran in it before
+    assert re.search(r"peak memory \d+\.\d\d GiB; a checkpoint \d", said)
     assert list(tmp_path.iterdir()) == []
     # A run that is there already is not touched by it.
     folder = run.train_recipe(tiny.tiny_recipe(), out=out)
