@@ -94,28 +94,47 @@ class Reasoner:
 
         images: (3, H, W) in [0, 1]. temperature 0 takes the likeliest token.
         """
-        from transformers import GenerationConfig, LogitsProcessorList
+        return self._generate(images, questions, keys, temperature, max_tokens, close=False)[0]
 
-        most = max_tokens or self.max_tokens
+    @torch.no_grad()
+    def judge(
+        self,
+        images: Sequence[Tensor],
+        questions: Sequence[Question],
+        keys: Sequence[tuple[int | str, ...]],
+        *,
+        temperature: float = 1.0,
+        max_tokens: int | None = None,
+    ) -> tuple[list[Trace], Tensor]:
+        """The traces of `sample` and the logits of `read`, (N, K), without graph and in one generation: the closing
+        text is put behind each trace as soon as it ends, so that nothing is read twice."""
+        return self._generate(images, questions, keys, temperature, max_tokens, close=True)
+
+    def _generate(
+        self, images: Sequence[Tensor], questions: Sequence[Question], keys: Sequence[tuple[int | str, ...]],
+        temperature: float, max_tokens: int | None, *, close: bool,
+    ) -> tuple[list[Trace], Tensor]:  # fmt: skip
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+        most, reading = max_tokens or self.max_tokens, self.reading
         chances = torch.stack([torch.rand(most, generator=generator(*key)) for key in keys])  # type: ignore[arg-type]
         rows, seen = self._ask(images, questions)
         ids, mask = self.scorer.pad(rows)
+        closings = [reading.closings[q.dimension] for q in questions]
+        draw = _Draw(chances.to(self.scorer.device), temperature, closings=closings, unsayable=self.unsayable,
+                     start=ids.shape[1], levels=self.scorer.reading.level_ids if close else ())  # fmt: skip
         model: Any = self.scorer.model
         settings = GenerationConfig(
-            max_new_tokens=most, do_sample=False, use_cache=True, eos_token_id=self.reading.stop,
+            max_new_tokens=most + (max(map(len, closings)) + 1 if close else 0), do_sample=False, use_cache=True,
             pad_token_id=self.scorer.tokenizer.pad_token_id or 0, repetition_penalty=1.0,
         )  # fmt: skip
-        pick = _Draw(chances.to(self.scorer.device), temperature, unsayable=self.unsayable, start=ids.shape[1])
         with _not_training(model):
             out: Tensor = model.generate(
                 input_ids=ids, attention_mask=mask, generation_config=settings,
-                logits_processor=LogitsProcessorList([pick]), mm_token_type_ids=self._kinds(ids), **seen,
+                logits_processor=LogitsProcessorList([draw]), stopping_criteria=StoppingCriteriaList([draw.finished]),
+                mm_token_type_ids=self._kinds(ids), **seen,
             )  # fmt: skip
-        traces = []
-        for row in out[:, ids.shape[1] :].tolist():
-            ended = self.reading.stop in row
-            traces.append(Trace(tuple(row[: row.index(self.reading.stop)] if ended else row), ended))
-        return traces
+        return draw.traces(out), draw.logits / self.scorer.rubric.temperature
 
     def read(
         self,
@@ -179,9 +198,18 @@ class Reasoner:
         names = [(i, d, t) for i in range(len(images)) for d in range(count) for t in range(traces)]
         questions = [Question(i, prompts[i], d) for i, d, _ in names]
         keys = [(*stream, places[i], d, t) for i, d, t in names]
-        drawn = self.sample(images, questions, keys, temperature=temperature, max_tokens=max_tokens)
-        shares = self.read(images, questions, drawn).logits.softmax(-1)
-        return drawn, shares.unflatten(0, (len(images), count, traces))
+        drawn: list[Trace] = [Trace((), ended=False)] * len(names)
+        logits = torch.empty(len(names), len(self.scorer.levels), device=self.scorer.device)
+        for d in range(count):
+            # reasoning about one dimension is of one length or so, and a batch takes as long as its longest trace
+            own = [n for n, question in enumerate(questions) if question.dimension == d]
+            found, logits[own] = self.judge(
+                images, [questions[n] for n in own], [keys[n] for n in own], temperature=temperature,
+                max_tokens=max_tokens,
+            )  # fmt: skip
+            for n, trace in zip(own, found, strict=True):
+                drawn[n] = trace
+        return drawn, logits.softmax(-1).unflatten(0, (len(images), count, traces))
 
     def _kinds(self, ids: Tensor) -> Tensor:
         return (ids == self.scorer.image_token).int()
@@ -245,21 +273,57 @@ def with_level(read: Judgements, level: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Draw:
-    """A logits processor that leaves one token a row: the one at which the cumulated probability passes a number that
-    is the row's own, so that neither batch mates nor the rank of the process change what is drawn."""
+    """A logits processor that leaves one token a row, and the end of generation.
 
-    def __init__(self, chances: Tensor, temperature: float, *, unsayable: Sequence[int], start: int) -> None:
+    While a row reasons, it is the token at which the cumulated probability passes a number that is the row's own, so
+    that neither batch mates nor the rank of the process change what is drawn. A row that stops itself, or has used up
+    its numbers, is given its closing text, and the logits of `levels` behind it are kept; without levels it is done.
+    """
+
+    def __init__(
+        self, chances: Tensor, temperature: float, *, closings: Sequence[Sequence[int]], levels: Sequence[int],
+        unsayable: Sequence[int], start: int,
+    ) -> None:  # fmt: skip
         self.chances, self.temperature, self.start = chances, temperature, start
-        self.unsayable = torch.tensor(unsayable, device=chances.device)
+        device, rows, most = chances.device, len(closings), max(map(len, closings))
+        self.unsayable = torch.tensor(unsayable, dtype=torch.long, device=device)
+        self.levels = torch.tensor(levels, dtype=torch.long, device=device)
+        self.lengths = torch.tensor([len(c) for c in closings], device=device)
+        self.closings = torch.tensor([[*c, *[c[-1]] * (most - len(c))] for c in closings], device=device)
+        # tokens that a row has said itself, tokens of its closing text that stand behind them, and who stopped itself
+        self.said, self.closed = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(2))
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.logits = torch.zeros(rows, len(levels), device=device)
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        step, thinking = ids.shape[1] - self.start, self.closed == 0
+        at_level = self.closed == self.lengths
+        self.logits[at_level] = scores[at_level][:, self.levels].to(self.logits)
+        token = self.closings.gather(1, self.closed.clamp(max=self.closings.shape[1] - 1)[:, None])[:, 0]
+        if step < self.chances.shape[1]:
+            token = torch.where(thinking, self._drawn(scores, self.chances[:, step, None]), token)
+            thinking = thinking & (token != self.closings[:, 0])
+            self.ended |= (self.closed == 0) & ~thinking
+            self.said += thinking
+            self.closed += ~thinking
+        else:
+            self.closed += 1
+        return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
+
+    def finished(self, ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """A stopping criterion: rows that stopped, or whose level logits are known."""
+        return self.closed > (self.lengths if len(self.levels) else 0)
+
+    def traces(self, out: Tensor) -> list[Trace]:
+        rows = zip(out[:, self.start :].tolist(), self.said.tolist(), self.ended.tolist(), strict=True)
+        return [Trace(tuple(row[:count]), ended) for row, count, ended in rows]
+
+    def _drawn(self, scores: Tensor, chance: Tensor) -> Tensor:
         scores = scores.index_fill(1, self.unsayable, -torch.inf)
         if self.temperature == 0:
-            return scores
+            return scores.argmax(-1)
         share = (scores.float() / self.temperature).softmax(-1).cumsum(-1)
-        wanted = self.chances[:, ids.shape[1] - self.start, None] * share[:, -1:]
-        token = torch.searchsorted(share, wanted, right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+        return torch.searchsorted(share, chance * share[:, -1:], right=True)[:, 0].clamp(max=scores.shape[1] - 1)
 
 
 @contextmanager

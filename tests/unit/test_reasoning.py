@@ -98,6 +98,26 @@ def test_a_trace_does_not_depend_on_batch_mates(reasoner: Reasoner):
     assert other != together
 
 
+@pytest.mark.parametrize("most", [1, 3, None])
+def test_judging_equals_sampling_and_reading(reasoner: Reasoner, most: int | None):
+    images = pictures(2)
+    traces, logits = reasoner.judge(images, QUESTIONS, KEYS, max_tokens=most)
+    assert traces == reasoner.sample(images, QUESTIONS, KEYS, max_tokens=most)
+    if most == 1:
+        assert not all(trace.ended for trace in traces)
+    torch.testing.assert_close(logits, reasoner.read(images, QUESTIONS, traces).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_every_dimension_gives_its_judgements_in_order(reasoner: Reasoner):
+    images, prompts = pictures(2), [PROMPTS[0], PROMPTS[1]]
+    drawn, shares = reasoner.every_dimension(images, prompts, traces=2, stream=(3, "test"), places=[7, 9])
+    assert shares.shape == (2, 4, 2, 9) and len(drawn) == 16
+    question, key = Question(1, prompts[1], 2), (3, "test", 9, 2, 1)
+    (trace,), logits = reasoner.judge(images, [question], [key])
+    assert drawn[8 + 2 * 2 + 1] == trace
+    torch.testing.assert_close(shares[1, 2, 1], logits[0].softmax(-1), rtol=1e-4, atol=1e-5)
+
+
 def test_reading_equals_each_row_alone(reasoner: Reasoner):
     images = pictures(2)
     traces = [Trace((), True), Trace((70, 71, 72, 73, 74), False), Trace((80,), True), Trace((90, 91), False)]
