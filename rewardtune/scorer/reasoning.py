@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rewardtune.randomness import generator
+from rewardtune.scorer.generation import Draft, Start, write
 from rewardtune.scorer.model import Scorer
 from rewardtune.scorer.patches import patchify
 from rewardtune.scorer.rubric import ThinkingReading, thinking_reading
@@ -94,7 +95,8 @@ class Reasoner:
 
         images: (3, H, W) in [0, 1]. temperature 0 takes the likeliest token.
         """
-        return self._generate(images, questions, keys, temperature, max_tokens, close=False)[0]
+        drafted = self._generate(images, questions, keys, [1] * len(questions), temperature, max_tokens, levels=())
+        return _traces(drafted)
 
     @torch.no_grad()
     def judge(
@@ -106,35 +108,53 @@ class Reasoner:
         temperature: float = 1.0,
         max_tokens: int | None = None,
     ) -> tuple[list[Trace], Tensor]:
-        """The traces of `sample` and the logits of `read`, (N, K), without graph and in one generation: the closing
-        text is put behind each trace as soon as it ends, so that nothing is read twice."""
-        return self._generate(images, questions, keys, temperature, max_tokens, close=True)
+        """The traces of `sample` and the logits of `read`, (N, K), without graph and with nothing read twice: the
+        closing text is put behind each trace as soon as it ends, and what the questions about one picture begin with
+        is shared."""
+        tails = [self.reading.tails[q.dimension] for q in questions]
+        levels = self.scorer.reading.level_ids
+        drafted = self._generate(images, questions, keys, tails, temperature, max_tokens, levels=levels)
+        return _traces(drafted), drafted.logits / self.scorer.rubric.temperature
 
     def _generate(
         self, images: Sequence[Tensor], questions: Sequence[Question], keys: Sequence[tuple[int | str, ...]],
-        temperature: float, max_tokens: int | None, *, close: bool,
-    ) -> tuple[list[Trace], Tensor]:  # fmt: skip
-        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+        tails: Sequence[int], temperature: float, max_tokens: int | None, *, levels: Sequence[int],
+    ) -> Draft:  # fmt: skip
+        """Read the prompts without their last `tails` tokens, each once; then these, once for all traces; then write.
 
-        most, reading = max_tokens or self.max_tokens, self.reading
-        chances = torch.stack([torch.rand(most, generator=generator(*key)) for key in keys])  # type: ignore[arg-type]
-        rows, seen = self._ask(images, questions)
-        ids, mask = self.scorer.pad(rows)
-        closings = [reading.closings[q.dimension] for q in questions]
-        draw = _Draw(chances.to(self.scorer.device), temperature, closings=closings, unsayable=self.unsayable,
-                     start=ids.shape[1], levels=self.scorer.reading.level_ids if close else ())  # fmt: skip
+        Prompts whose tails have different lengths go on separately: padding inside a row would run through the states
+        of linear attention.
+        """
         model: Any = self.scorer.model
-        settings = GenerationConfig(
-            max_new_tokens=most + (max(map(len, closings)) + 1 if close else 0), do_sample=False, use_cache=True,
-            pad_token_id=self.scorer.tokenizer.pad_token_id or 0, repetition_penalty=1.0,
-        )  # fmt: skip
+        most = max_tokens or self.max_tokens
+        chances = torch.stack([torch.rand(most, generator=generator(*key)) for key in keys])  # type: ignore[arg-type]
+        closings = [self.reading.closings[q.dimension] for q in questions]
+        draft = Draft(chances.to(self.scorer.device), temperature, closings=closings, levels=levels,
+                      unsayable=self.unsayable)  # fmt: skip
+        seen, grid = self._see(images)
+        rows = self._rows(grid, questions)
         with _not_training(model):
-            out: Tensor = model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=settings,
-                logits_processor=LogitsProcessorList([draw]), stopping_criteria=StoppingCriteriaList([draw.finished]),
-                mm_token_type_ids=self._kinds(ids), **seen,
-            )  # fmt: skip
-        return draw.traces(out), draw.logits / self.scorer.rubric.temperature
+            heads = {(q.image, *row[:-tail]): q.image for q, row, tail in zip(questions, rows, tails, strict=True)}
+            number = {head: n for n, head in enumerate(heads)}
+            ids, mask = self.scorer.pad([head[1:] for head in heads])
+            shown, kinds = _shown(seen, grid, list(heads.values())), self._kinds(ids)
+            places, _ = model.model.get_rope_index(
+                ids, mm_token_type_ids=kinds, image_grid_thw=shown["image_grid_thw"], attention_mask=mask
+            )
+            out = model.model(input_ids=ids, attention_mask=mask, position_ids=places, mm_token_type_ids=kinds,
+                              use_cache=True, **shown)  # fmt: skip
+            read = Start(out.past_key_values, out.last_hidden_state[:, -1], mask, places.amax((0, 2)) + 1)
+            lengths = sorted(set(tails))
+            for length in lengths:
+                own = [n for n, tail in enumerate(tails) if tail == length]
+                asked = {(questions[n], *rows[n][-length:]): (questions[n].image, *rows[n][:-length]) for n in own}
+                at = {question: n for n, (question, *_) in enumerate(asked)}
+                begun = read if length == lengths[-1] else read.copy()
+                start = begun.rows(ids.new_tensor([number[head] for head in asked.values()]))
+                start = start.read(model, ids.new_tensor([tail for _, *tail in asked]))
+                start = start.rows(ids.new_tensor([at[questions[n]] for n in own]))
+                write(model, start, draft, ids.new_tensor(own))
+        return draft
 
     def read(
         self,
@@ -198,37 +218,41 @@ class Reasoner:
         names = [(i, d, t) for i in range(len(images)) for d in range(count) for t in range(traces)]
         questions = [Question(i, prompts[i], d) for i, d, _ in names]
         keys = [(*stream, places[i], d, t) for i, d, t in names]
-        drawn: list[Trace] = [Trace((), ended=False)] * len(names)
-        logits = torch.empty(len(names), len(self.scorer.levels), device=self.scorer.device)
-        for d in range(count):
-            # reasoning about one dimension is of one length or so, and a batch takes as long as its longest trace
-            own = [n for n, question in enumerate(questions) if question.dimension == d]
-            found, logits[own] = self.judge(
-                images, [questions[n] for n in own], [keys[n] for n in own], temperature=temperature,
-                max_tokens=max_tokens,
-            )  # fmt: skip
-            for n, trace in zip(own, found, strict=True):
-                drawn[n] = trace
+        drawn, logits = self.judge(images, questions, keys, temperature=temperature, max_tokens=max_tokens)
         return drawn, logits.softmax(-1).unflatten(0, (len(images), count, traces))
 
     def _kinds(self, ids: Tensor) -> Tensor:
         return (ids == self.scorer.image_token).int()
 
     def _ask(self, images: Sequence[Tensor], questions: Sequence[Question]) -> tuple[list[list[int]], dict[str, Any]]:
-        """Ids of each question, up to the first token of its reasoning, and the model's arguments about images: every
-        image goes through the vision tower once, however often it is asked about."""
-        model: Any = self.scorer.model
+        """Ids of each question, up to the first token of its reasoning, and the model's arguments about images."""
+        seen, grid = self._see(images)
+        return self._rows(grid, questions), _shown(seen, grid, [q.image for q in questions])
+
+    def _see(self, images: Sequence[Tensor]) -> tuple[Any, Tensor]:
+        """What the vision tower makes of the images, each once, however often it is asked about; and their grids."""
         patches, grid = patchify(images, self.scorer.geometry)
-        counts = (grid[:, 1] * grid[:, 2] // self.scorer.geometry.merge**2).tolist()
-        rows = [self.scorer.tokens(self.reading.frames[q.dimension], q.prompt, counts[q.image]) for q in questions]
+        model: Any = self.scorer.model
         grid = grid.to(self.scorer.device)
-        seen = model.get_image_features(patches.to(grid.device), image_grid_thw=grid, return_dict=True)
-        which = [q.image for q in questions]
-        shown = copy.copy(seen)
-        shown.pooler_output = [seen.pooler_output[i] for i in which]
-        if getattr(seen, "deepstack_features", None) is not None:
-            shown.deepstack_features = [[layer[i] for i in which] for layer in seen.deepstack_features]
-        return rows, {"mm_encoder_outputs": {"image": shown}, "image_grid_thw": grid[which]}
+        return model.get_image_features(patches.to(grid.device), image_grid_thw=grid, return_dict=True), grid
+
+    def _rows(self, grid: Tensor, questions: Sequence[Question]) -> list[list[int]]:
+        counts = (grid[:, 1] * grid[:, 2] // self.scorer.geometry.merge**2).tolist()
+        return [self.scorer.tokens(self.reading.frames[q.dimension], q.prompt, counts[q.image]) for q in questions]
+
+
+def _traces(draft: Draft) -> list[Trace]:
+    rows = zip(draft.ids.tolist(), draft.said.tolist(), draft.ended.tolist(), strict=True)
+    return [Trace(tuple(row[:count]), ended) for row, count, ended in rows]
+
+
+def _shown(seen: Any, grid: Tensor, which: Sequence[int]) -> dict[str, Any]:
+    """The model's arguments about images for rows that show these."""
+    shown = copy.copy(seen)
+    shown.pooler_output = [seen.pooler_output[i] for i in which]
+    if getattr(seen, "deepstack_features", None) is not None:
+        shown.deepstack_features = [[layer[i] for i in which] for layer in seen.deepstack_features]
+    return {"mm_encoder_outputs": {"image": shown}, "image_grid_thw": grid[list(which)]}
 
 
 def load_reasoner(scorer: Scorer) -> Reasoner:
@@ -270,60 +294,6 @@ def with_level(read: Judgements, level: Tensor) -> tuple[Tensor, Tensor]:
     assert read.log_probs is not None and read.mask is not None
     said = read.logits.log_softmax(-1).gather(-1, level[:, None])
     return torch.cat([read.log_probs, said], 1), torch.cat([read.mask, torch.ones_like(said, dtype=torch.bool)], 1)
-
-
-class _Draw:
-    """A logits processor that leaves one token a row, and the end of generation.
-
-    While a row reasons, it is the token at which the cumulated probability passes a number that is the row's own, so
-    that neither batch mates nor the rank of the process change what is drawn. A row that stops itself, or has used up
-    its numbers, is given its closing text, and the logits of `levels` behind it are kept; without levels it is done.
-    """
-
-    def __init__(
-        self, chances: Tensor, temperature: float, *, closings: Sequence[Sequence[int]], levels: Sequence[int],
-        unsayable: Sequence[int], start: int,
-    ) -> None:  # fmt: skip
-        self.chances, self.temperature, self.start = chances, temperature, start
-        device, rows, most = chances.device, len(closings), max(map(len, closings))
-        self.unsayable = torch.tensor(unsayable, dtype=torch.long, device=device)
-        self.levels = torch.tensor(levels, dtype=torch.long, device=device)
-        self.lengths = torch.tensor([len(c) for c in closings], device=device)
-        self.closings = torch.tensor([[*c, *[c[-1]] * (most - len(c))] for c in closings], device=device)
-        # tokens that a row has said itself, tokens of its closing text that stand behind them, and who stopped itself
-        self.said, self.closed = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(2))
-        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.logits = torch.zeros(rows, len(levels), device=device)
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        step, thinking = ids.shape[1] - self.start, self.closed == 0
-        at_level = self.closed == self.lengths
-        self.logits[at_level] = scores[at_level][:, self.levels].to(self.logits)
-        token = self.closings.gather(1, self.closed.clamp(max=self.closings.shape[1] - 1)[:, None])[:, 0]
-        if step < self.chances.shape[1]:
-            token = torch.where(thinking, self._drawn(scores, self.chances[:, step, None]), token)
-            thinking = thinking & (token != self.closings[:, 0])
-            self.ended |= (self.closed == 0) & ~thinking
-            self.said += thinking
-            self.closed += ~thinking
-        else:
-            self.closed += 1
-        return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
-
-    def finished(self, ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        """A stopping criterion: rows that stopped, or whose level logits are known."""
-        return self.closed > (self.lengths if len(self.levels) else 0)
-
-    def traces(self, out: Tensor) -> list[Trace]:
-        rows = zip(out[:, self.start :].tolist(), self.said.tolist(), self.ended.tolist(), strict=True)
-        return [Trace(tuple(row[:count]), ended) for row, count, ended in rows]
-
-    def _drawn(self, scores: Tensor, chance: Tensor) -> Tensor:
-        scores = scores.index_fill(1, self.unsayable, -torch.inf)
-        if self.temperature == 0:
-            return scores.argmax(-1)
-        share = (scores.float() / self.temperature).softmax(-1).cumsum(-1)
-        return torch.searchsorted(share, chance * share[:, -1:], right=True)[:, 0].clamp(max=scores.shape[1] - 1)
 
 
 @contextmanager

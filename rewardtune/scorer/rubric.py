@@ -141,12 +141,14 @@ class ThinkingReading:
     """The rubric's thinking part in the ids of one tokenizer; one entry a dimension.
 
     frames: up to the first token of the reasoning. closings: what is put behind every reasoning; the level is read
-    after its last token. stop: the closing's first token, at which sampling ends.
+    after its last token. stop: the closing's first token, at which sampling ends. tails: how many tokens at the end of
+    each frame are its own; what stands before them is one text in all frames.
     """
 
     frames: tuple[Frame, ...]
     closings: tuple[tuple[int, ...], ...]
     stop: int
+    tails: tuple[int, ...]
 
 
 def load_rubric(path: str | Path | None = None) -> Rubric:
@@ -228,7 +230,21 @@ def thinking_reading(rubric: Rubric, tokenizer: Any) -> ThinkingReading:
         raise RecipeError("rubric: the levels are other tokens after thinking.reads than after the one-pass reads; let "
                           "both end alike, with or without a space.")  # fmt: skip
     frames = [_frame(filled(rubric, thinking.template, [name]), ids) for name in rubric.dimensions]
-    return ThinkingReading(tuple(frames), tuple(map(tuple, closings)), close[0])
+    if not all(frame.after for frame in frames):
+        raise RecipeError("rubric: thinking.template ends with {image} or {prompt}; end it with the start of the turn "
+                          "in which the model reasons.")  # fmt: skip
+    return ThinkingReading(tuple(frames), tuple(map(tuple, closings)), close[0], _tails(frames))
+
+
+def _tails(frames: Sequence[Frame]) -> tuple[int, ...]:
+    endings = [frame.after for frame in frames]
+    # a tail is one token at least, the one behind which reasoning begins
+    alike = min(map(len, endings)) - 1
+    while any(ending[:alike] != endings[0][:alike] for ending in endings):
+        alike -= 1
+    if len({(frame.before, frame.between, frame.lead) for frame in frames}) > 1:
+        return tuple(1 for _ in frames)
+    return tuple(len(ending) - alike for ending in endings)
 
 
 def filled(rubric: Rubric, template: str, dimensions: Sequence[str]) -> str:

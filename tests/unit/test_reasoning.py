@@ -108,6 +108,30 @@ def test_judging_equals_sampling_and_reading(reasoner: Reasoner, most: int | Non
     torch.testing.assert_close(logits, reasoner.read(images, QUESTIONS, traces).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_prompts_are_read_once_for_all_their_traces(reasoner: Reasoner, monkeypatch: pytest.MonkeyPatch):
+    images, prompts, sizes = pictures(2), [PROMPTS[0], PROMPTS[1]], []
+    inner = reasoner.scorer.model.model
+    forward = inner.forward
+    monkeypatch.setattr(inner, "forward", lambda **k: (sizes.append(k["input_ids"].shape), forward(**k))[1])
+    reasoner.every_dimension(images, prompts, traces=3, stream=(0, "test"), places=[0, 1])
+    tails = reasoner.reading.tails
+    assert sizes[0][0] == 2 and min(tails) > 1, "the pictures"
+    assert [size for size in sizes[1:] if size[1] > 1] == [(2, tail) for tail in sorted(tails)], "then each dimension"
+    assert sizes[2] == (6, 1), "then tokens of all traces"
+    assert min(size[0] for size in sizes[1:]) < 3, "rows that are finished leave the batch"
+
+
+def test_frames_that_differ_before_the_image_share_nothing_but_samples(reasoner: Reasoner, tmp_path: Path):
+    rubric, words = reasoner.scorer.rubric, reasoner.scorer.tokenizer
+    assert rubric.thinking is not None
+    template = rubric.thinking.template.replace("<|im_start|>user", "<|im_start|>user {dimension}", 1)
+    other = rubric.model_copy(update={"thinking": rubric.thinking.model_copy(update={"template": template})})
+    found = replace(reasoner, scorer=replace(reasoner.scorer, rubric=other), reading=thinking_reading(other, words))
+    assert set(found.reading.tails) == {1}
+    traces, logits = found.judge(pictures(2), QUESTIONS, KEYS)
+    torch.testing.assert_close(logits, found.read(pictures(2), QUESTIONS, traces).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_every_dimension_gives_its_judgements_in_order(reasoner: Reasoner):
     images, prompts = pictures(2), [PROMPTS[0], PROMPTS[1]]
     drawn, shares = reasoner.every_dimension(images, prompts, traces=2, stream=(3, "test"), places=[7, 9])
