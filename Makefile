@@ -60,6 +60,7 @@ pocket: $(VENV)/installed-dev  ## rebuild the pocket world and its weights from 
 	$(BIN)/python dev/pocket/build_all.py
 
 table: $(VENV)/installed-dev  ## the Z-Reward table on the pocket world: goes on where it was stopped (hours)
+	@$(PIP) -e '.[table]'
 	$(BIN)/python dev/pocket/zreward_table.py run
 
 clean:  ## what builds leave behind; runs/ stays

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from zreward_plots import draw
 
 METRICS = ("hpa", "margin_hpa", "near_hpa", "plcc", "srcc", "ece")
 DRAWS = 2000
@@ -160,6 +161,7 @@ def report(results: Path, page: Path, table: Sequence[tuple[Any, int]]) -> None:
             cells = _cells(row)
             lines.append("| " + " | ".join([row.size, row.method, row.control, *cells[:6], cells[6]]) + " |")
     page.parent.mkdir(parents=True, exist_ok=True)
+    lines += draw(results, page, found)
     page.write_text("\n".join(lines) + "\n")
     document = {
         "seeds": max(len(f.figures) for f in found), "groups": groups,

@@ -32,7 +32,7 @@ SEEDS, FEW = 3, 300
 @dataclass(frozen=True)
 class Row:
     """One line of the table. recipe: None for the untrained base. of: the row whose export is its teacher. reasoning:
-    traces per score at test."""
+    traces per score at test. curve: its first seed is also measured at each checkpoint, on development groups."""
 
     name: str
     size: str
@@ -42,6 +42,7 @@ class Row:
     of: str | None = None
     reasoning: int = 0
     control: str = ""
+    curve: bool = False
 
     @property
     def seeds(self) -> int:
@@ -58,16 +59,17 @@ def rows() -> list[Row]:
             Row(f"{size}-zero-shot-reasoned", size, "zero-shot, reasoned", reasoning=1),
             Row(f"{size}-sft", size, "sft", "pocket/teacher-sft", base),
             Row(f"{size}-dance", size, "rewarddance", "pocket/teacher-dance", base),
-            Row(f"{size}-grpo", size, "grpo", "pocket/teacher-grpo", base, reasoning=1),
-            Row(f"{size}-gdso", size, "gdso", "pocket/teacher-gdso", base, reasoning=1),
+            Row(f"{size}-grpo", size, "grpo", "pocket/teacher-grpo", base, reasoning=1, curve=size == "student"),
+            Row(f"{size}-gdso", size, "gdso", "pocket/teacher-gdso", base, reasoning=1, curve=size == "student"),
         ]
     student, gdso = "pocket/student-risd", "teacher-gdso"
     out += [
         Row("student-risd", "student", "risd", student, of=gdso),
         Row("student-opd", "student", "opd", "pocket/student-opd", of=gdso, reasoning=1),
     ]
-    teacher = (f"scorer.model={BASES['teacher']}",)
-    parsed = (*teacher, "objective.reward=parsed")
+    # controls at the student's size, which takes half of the time
+    base = (f"scorer.model={BASES['student']}",)
+    parsed = (*base, "objective.reward=parsed")
     out += [
         Row("risd-sft-teacher", "student", "risd", student, ("teacher.traces=0",), of="teacher-sft",
             control="from the SFT teacher, read in one pass"),
@@ -78,19 +80,19 @@ def rows() -> list[Row]:
             control="labelled pictures only, labels + KL"),
         *(Row(f"risd-k{k}", "student", "risd", student, (f"teacher.traces={k}", f"data.images={DATA / 'few.jsonl'}"),
               of=gdso, control=f"{k} traces a picture and dimension, {FEW} groups") for k in (1, 4, 8)),
-        Row("gdso-no-policy", "teacher", "gdso", "pocket/teacher-gdso", (*teacher, "objective.policy=0"), reasoning=1,
+        Row("gdso-no-policy", "student", "gdso", "pocket/teacher-gdso", (*base, "objective.policy=0"), reasoning=1,
             control="without the policy gradient"),
-        Row("gdso-parsed", "teacher", "gdso", "pocket/teacher-gdso", parsed, reasoning=1,
+        Row("gdso-parsed", "student", "gdso", "pocket/teacher-gdso", parsed, reasoning=1, curve=True,
             control="reward from the score in the text"),
-        Row("grpo-parsed", "teacher", "grpo", "pocket/teacher-grpo", parsed, reasoning=1,
+        Row("grpo-parsed", "student", "grpo", "pocket/teacher-grpo", parsed, reasoning=1, curve=True,
             control="reward from the score in the text"),
-        Row("gdso-two-hot", "teacher", "gdso", "pocket/teacher-gdso", (*teacher, "objective.target=two-hot"),
+        Row("gdso-two-hot", "student", "gdso", "pocket/teacher-gdso", (*base, "objective.target=two-hot"),
             reasoning=1, control="two-hot targets"),
-        Row("sft-soft", "teacher", "sft", "pocket/teacher-sft",
-            (*teacher, "objective.target=histogram", f"data.records={DATA / 'histograms.jsonl'}"),
+        Row("sft-soft", "student", "sft", "pocket/teacher-sft",
+            (*base, "objective.target=histogram", f"data.records={DATA / 'histograms.jsonl'}"),
             control="targets are the annotators' histograms"),
-        Row("sft-five-levels", "teacher", "sft", "pocket/teacher-sft",
-            (*teacher, "objective.target=two-hot", "scorer.rubric=dev/pocket/five_levels.json"),
+        Row("sft-five-levels", "student", "sft", "pocket/teacher-sft",
+            (*base, "objective.target=two-hot", "scorer.rubric=dev/pocket/five_levels.json"),
             control="five levels, two-hot targets"),
     ]  # fmt: skip
     return out
@@ -131,12 +133,18 @@ class Table:
             self._call(core, sys.executable, __file__, "test", scorer, str(self.results / job.name),
                        "--reasoning", str(job.row.reasoning), "--share", str(self.share),
                        log=self.runs / f"{job.name}.test.log")  # fmt: skip
+            if job.row.curve and job.seed == 0:
+                self._call(core, sys.executable, __file__, "curve", scorer, str(self.runs / job.name),
+                           str(self.results / f"{job.row.name}.curve.json"), "--share", str(self.share),
+                           log=self.runs / f"{job.name}.test.log")  # fmt: skip
         finally:
             self.cores.put(core)
 
     def _train(self, job: Job, core: int) -> None:
         out = self.runs / job.name
         options = [f"train.seed={job.seed}", *job.row.options]
+        if job.row.curve and job.seed == 0:
+            options.append("checkpoint.keep=100")
         if not any(o.startswith("data.") for o in options):
             name = "images=" + str(DATA / "unlabelled.jsonl") if job.row.of else f"records={DATA / 'labelled.jsonl'}"
             options.append(f"data.{name}")
@@ -223,6 +231,36 @@ def test(scorer: str, out: Path, *, reasoning: int, share: float) -> None:
     out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
 
 
+def curve(scorer: str, run: Path, out: Path, *, share: float) -> None:
+    """Pair accuracy at each checkpoint of a run and before it, by the expectation and by the score that the text says
+    (drawn from the same distribution), on development groups."""
+    from safetensors.torch import load_file
+
+    from rewardtune.data.records import read_records
+    from rewardtune.scorer import evaluate
+    from rewardtune.scorer.model import load_scorer
+
+    groups = read_records(DATA / "development.jsonl")[: max(20, int(100 * share))]
+    config = json.loads((run / "recipe.json").read_text())
+    loaded = load_scorer(config["recipe"]["scorer"]["model"], rubric=scorer)
+    levels = np.asarray(loaded.rubric.values)
+    rows: list[dict[str, float]] = []
+    for step, file in [(0, None), *((int(f.parent.name.rpartition("-")[2]), f) for f in sorted(
+            run.glob("checkpoints/step-*/parameters.safetensors")))]:  # fmt: skip
+        if file is not None:
+            weights = {name.removeprefix("scorer."): value for name, value in load_file(file).items()}
+            loaded.model.load_state_dict(weights, strict=False)
+        predicted, _ = evaluate.predict(loaded, groups, batch_size=64, reasoning=1)
+        chance = np.random.default_rng(0).random((*predicted.shape[:2], 1))
+        said = np.minimum((predicted.cumsum(-1) <= chance).sum(-1), len(levels) - 1)
+        row: dict[str, float] = {"step": step}
+        for name, shares in (("expectation", predicted), ("text", np.eye(len(levels))[said])):
+            figures = evaluate.measure(evaluate.beside_people(loaded, groups, shares), loaded.dimensions, resamples=0)
+            row |= {f"{name}/hpa": figures["hpa"], f"{name}/margin_hpa": figures["margin_hpa"]}
+        rows.append(row)
+    out.write_text(json.dumps({"groups": len(groups), "rows": rows}, indent=1) + "\n")
+
+
 def make_data() -> None:
     if not (DATA / "opinions.jsonl").exists() or not (DATA / "test.jsonl").exists():
         script = Path(__file__).with_name("make_judgements.py")
@@ -250,11 +288,18 @@ def main() -> None:
     one.add_argument("out", type=Path)
     one.add_argument("--reasoning", type=int, default=0)
     one.add_argument("--share", type=float, default=1.0)
+    steps = commands.add_parser("curve", help="measure a run's checkpoints on development groups")
+    steps.add_argument("scorer")
+    steps.add_argument("run", type=Path)
+    steps.add_argument("out", type=Path)
+    steps.add_argument("--share", type=float, default=1.0)
     commands.add_parser("report", help="write the page from the rows that are there")
     args = parser.parse_args()
     results = ROOT / "dev/results/zreward-table"
     if args.command == "test":
         return test(args.scorer, args.out, reasoning=args.reasoning, share=args.share)
+    if args.command == "curve":
+        return curve(args.scorer, args.run, args.out, share=args.share)
     page = results.with_suffix(".md")
     if args.command == "run":
         make_data()

@@ -478,15 +478,6 @@ class RewardGdsoRecipe(_Recipe):
     data: PreferenceSection
     objective: GdsoSection = GdsoSection()
 
-    @model_validator(mode="after")
-    def _reference_is_whole(self) -> Self:
-        if self.train.shard and self.objective.kl:
-            raise ValueError(
-                "objective.kl keeps a reference of whole weights, which train.shard splits; set objective.kl to 0 or "
-                "leave train.shard out"
-            )
-        return self
-
 
 class RewardRisdRecipe(_Recipe):
     """Distil a teacher's reasoned score distributions into a student that scores in one pass."""

@@ -28,7 +28,7 @@ def rewards(
     out[rated] = pointwise * near + pairwise * apart
     out[~rated] = pairwise * torch.stack(losses.order_rewards(scores[~rated, 0], scores[~rated, 1]), 1)
     parts = {"reward": out, "reward/pointwise": near, "reward/pairwise": apart}
-    return out, {name: float(value.mean()) for name, value in parts.items() if value.numel()}
+    return out, {name: float(value.detach().mean()) for name, value in parts.items() if value.numel()}
 
 
 def text_levels(batch: RollOut, logits: Tensor) -> Tensor:

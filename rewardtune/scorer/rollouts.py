@@ -14,6 +14,7 @@ from rewardtune.data.images import open_image, to_tensor
 from rewardtune.randomness import generator
 from rewardtune.scorer.reasoning import Judgements, Question, Reasoner, Trace
 from rewardtune.scorer.targets import Pair
+from rewardtune.training import shard
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,14 @@ class Reference:
     def applied(self) -> Iterator[None]:
         """Inside, the modules are the reference; no gradient may be taken.
 
-        Values are copied and not swapped: FSDP gathers from the storage that it knows.
+        Values are copied and not swapped: FSDP gathers from the storage that it knows. What no block owns is whole
+        when the weights are taken inside a step and split when they come from a checkpoint.
         """
         current = {name: p.detach().clone() for name, p in self._trained()}
         with torch.no_grad():
             try:
                 for name, parameter in self._trained():
-                    parameter.copy_(self.weights[name])
+                    parameter.copy_(shard.alike(self.weights[name], parameter))
                 yield
             finally:
                 for name, parameter in self._trained():

@@ -123,6 +123,12 @@ def held(like: Tensor, full: Tensor) -> Tensor:
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def alike(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor as `like` is at the moment, whole or split; all processes must call this."""
+    full = whole(tensor)
+    return held(like, full) if isinstance(like, DTensor) else full
+
+
 def local(tensor: Tensor) -> Tensor:
     """The numbers that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -19,7 +19,7 @@ from torch import nn
 
 from rewardtune.data.images import to_pil
 from rewardtune.errors import RecipeError
-from rewardtune.recipe.sections import DirectRewardRecipe, RewardGdsoRecipe, TrainSection
+from rewardtune.recipe.sections import DirectRewardRecipe, TrainSection
 from rewardtune.training import shard
 from rewardtune.training.runtime import Runtime
 from rewardtune.training.track import read_metrics
@@ -46,6 +46,7 @@ def cases(root: Path) -> dict[str, Any]:
     """What is trained: 3 optimiser steps of 4 samples, two for each process."""
     load(HERE.parent / "tiny.py").z_image().save_pretrained(root / "pipeline")
     load(HERE / "tiny_scorer.py").write_scorer(root / "scorer", layers=["linear_attention", "full_attention"])
+    load(HERE / "tiny_scorer.py").write_reasoner(root / "reasoner", layers=["linear_attention", "full_attention"])
     captions, records = [], []
     for index, picture in enumerate(to_pil(torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)))):
         picture.save(root / f"{index}.png")
@@ -102,6 +103,15 @@ def cases(root: Path) -> dict[str, Any]:
                 "train": {**whole["train"], "gradient_checkpointing": True},
             },
         },
+        # processes write traces of different lengths, and every step has another reference
+        "gdso": {
+            "recipe": {
+                **whole, "task": "reward_gdso", "optimizer": {"lr": 1e-4, "schedule": "constant", "warmup_steps": 0}, "scorer": {"model": str(root / "reasoner")},
+                "objective": {"kl": 0.5, "reference_every": 1, "updates_per_rollout": 2, "clip": 0.2,
+                              "group_size": 4},
+            },
+            "stops": True, "changes": True,
+        },
         "run": {"whole run": True, "recipe": scorer(lora=True, ema_decay=0.9)},
     }  # fmt: skip
 
@@ -149,6 +159,9 @@ def last(folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_alike(one: Path, other: Path, *, tolerance: float) -> None:
     """Losses, gradient norms and every tensor of the newest checkpoints agree."""
+    if "gdso" in one.parts:
+        # advantages magnify the rounding where the rewards of a group are nearly equal
+        tolerance *= 100
     a, b = numbers(one), numbers(other)
     assert len(a) == len(b) > 0
     for mine, theirs in zip(a, b, strict=True):
@@ -161,7 +174,7 @@ def assert_alike(one: Path, other: Path, *, tolerance: float) -> None:
         assert torch.allclose(tensor, theirs_all[name], rtol=tolerance, atol=tolerance), name
 
 
-CASES = ["tiny", "scorer-full", "scorer-lora", "pieces-full", "pieces-lora-half", "draft", "sft-full"]
+CASES = ["tiny", "scorer-full", "scorer-lora", "pieces-full", "pieces-lora-half", "draft", "sft-full", "gdso"]
 HALF = ["scorer-lora-bf16", "scorer-full-bf16"]
 SKIPS = ["tiny-skips", "pieces-skips"]
 
@@ -177,7 +190,7 @@ def test_parameters_moments_and_averages_are_split_in_half(ran: Any, case: str) 
         assert not total or 0.5 <= found[0][name]["here"] / total < 0.56
     # The tiny task has two modules without blocks; a scorer two layers, two of vision, and what is left of it.
     kind = case.partition("-")[0]
-    assert found[0]["groups"] == {"tiny": 2, "scorer": 5, "pieces": 5, "draft": 5, "sft": 8}[kind]
+    assert found[0]["groups"] == {"tiny": 2, "scorer": 5, "pieces": 5, "draft": 5, "sft": 8, "gdso": 5}[kind]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -205,7 +218,7 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_both(ran: Any, c
     assert_alike(folder / "sharded", folder / "plain", tolerance=1e-5)
 
 
-@pytest.mark.parametrize("case", ["tiny", "scorer-lora"])
+@pytest.mark.parametrize("case", ["tiny", "scorer-lora", "gdso"])
 def test_a_stop_after_every_step_changes_nothing(ran: Any, case: str) -> None:
     folder = ran[0] / case
     whole, cut = last(folder / "sharded"), last(folder / "cut")
@@ -213,7 +226,7 @@ def test_a_stop_after_every_step_changes_nothing(ran: Any, case: str) -> None:
     assert numbers(folder / "sharded") == numbers(folder / "cut")
 
 
-@pytest.mark.parametrize("case", ["tiny", "scorer-lora"])
+@pytest.mark.parametrize("case", ["tiny", "scorer-lora", "gdso"])
 def test_a_checkpoint_goes_on_sharded_or_not(ran: Any, case: str) -> None:
     folder = ran[0] / case
     for other in ("sharded-then-plain", "plain-then-sharded"):
@@ -277,7 +290,3 @@ def test_what_cannot_be_sharded_is_refused_in_the_recipe() -> None:
     for name in ("adamw8bit", "muon", "prodigy"):
         with pytest.raises(ValidationError, match=r"optimizer\.name"):
             DirectRewardRecipe.model_validate({**content, "optimizer": {"name": name}})
-    gdso = {"task": "reward_gdso", "scorer": {"model": "a"}, "data": {"records": "b"}, "train": content["train"]}
-    with pytest.raises(ValidationError, match=r"objective\.kl"):
-        RewardGdsoRecipe.model_validate(gdso)
-    assert RewardGdsoRecipe.model_validate({**gdso, "objective": {"kl": 0}}).train.shard
