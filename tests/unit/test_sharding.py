@@ -106,7 +106,8 @@ def cases(root: Path) -> dict[str, Any]:
         # processes write traces of different lengths, and every step has another reference
         "gdso": {
             "recipe": {
-                **whole, "task": "reward_gdso", "optimizer": {"lr": 1e-4, "schedule": "constant", "warmup_steps": 0}, "scorer": {"model": str(root / "reasoner")},
+                **whole, "task": "reward_gdso", "scorer": {"model": str(root / "reasoner")},
+                "optimizer": {"lr": 1e-4, "schedule": "constant", "warmup_steps": 0},
                 "objective": {"kl": 0.5, "reference_every": 1, "updates_per_rollout": 2, "clip": 0.2,
                               "group_size": 4},
             },
