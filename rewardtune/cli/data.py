@@ -39,12 +39,15 @@ def data_import(
         show_json({
             "records": str(done.records), "rows": done.rows, "groups": done.groups, "images": done.images,
             "pairs": done.pairs, "rated": done.rated, "left_out": dict(done.left_out), "absent": list(done.absent),
+            "unreadable": list(done.unreadable),
         })  # fmt: skip
         return
     show(f"{done.records}: of {done.rows:,} rows: groups: {done.groups:,}; images: {done.images:,}, rated: "
          f"{done.rated:,}; stated pairs: {done.pairs:,}")  # fmt: skip
     for reason, count in done.left_out.items():
         show(f"left out: {reason}: {count:,}")
+    for text in done.unreadable:
+        show(text)
     for column in done.absent:
         show(f"not in the tables: {column}; every row was taken")
 

@@ -32,6 +32,7 @@ TIED = "tied pairs"
 UNLABELLED = "rows without a label"
 NO_PROMPT = "rows without a prompt"
 NO_PICTURE = "rows without a picture"
+UNREADABLE = "pictures that cannot be read"
 UNRATED = "pictures without all scores"
 SAME = "pictures that a row shows twice"
 TWICE = "pictures that their group has already"
@@ -45,7 +46,7 @@ class Imported:
     """What was written, and what was left out: reason -> count.
 
     pairs: stated preferences. rated: pictures with scores, counted in each group. absent: optional columns that some
-    file lacks.
+    file lacks. unreadable: the first of the pictures that cannot be read, where they are and why.
     """
 
     records: Path
@@ -56,6 +57,7 @@ class Imported:
     rated: int
     left_out: Mapping[str, int]
     absent: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
 
 def import_records(
@@ -71,7 +73,8 @@ def import_records(
 
     renamed: column of the files -> column of the layout. limit: rows to read, of all files together. progress: called
     with the number of rows after each. Pictures are copied byte for byte, named by their SHA-256. The records appear
-    whole or not at all; pictures that an interrupted import has written are not written again.
+    whole or not at all; pictures that an interrupted import has written are not written again. A picture that cannot
+    be read is left out and counted.
     Raises RecipeError for a column that the layout does not have or records that are there already, DataError for
     anything wrong with a file: its first 20 mistakes together, then it is given up.
     """
@@ -99,6 +102,7 @@ def import_records(
     left_out = {reason: count for reason, count in gathering.left_out.items() if count}
     if not groups:
         why = "; ".join(f"{reason}: {count:,}" for reason, count in left_out.items())
+        why += "".join(f"\n{text}" for text in gathering.unreadable)
         names = ", ".join(map(str, sources))
         raise DataError(
             f"{names}: of {rows:,} rows none can be used; nothing is written. Left out: {why or 'nothing'}."
@@ -114,6 +118,7 @@ def import_records(
         rated=sum(bool(image.scores) for image in images),
         left_out=left_out,
         absent=tuple(dict.fromkeys(column for table in tables for column in table.absent)),
+        unreadable=tuple(gathering.unreadable),
     )
 
 
@@ -145,6 +150,7 @@ class _Gathering:
         self.pictures = _Pictures(out / "images")
         self.left_out: Counter[str] = Counter()
         self.found: dict[str, _Group] = {}
+        self.unreadable: list[str] = []
 
     def open(self, table: Table, mistakes: Mistakes) -> None:
         self.table = table
@@ -309,8 +315,11 @@ class _Gathering:
                 data = picture.content if isinstance(picture.content, bytes) else picture.content.read_bytes()
                 image = self.pictures.put(data)
             except DataError as error:
-                self.mistakes.add(number, f"`{self._name(picture.column)}`: {error}")
-                return
+                # a set of a million pictures has some that are broken, and nobody can mend a published file
+                self.left_out[UNREADABLE] += 1
+                if len(self.unreadable) < SHOWN:
+                    self.unreadable.append(f"{self.table.path}:{number}: `{self._name(picture.column)}`: {error}")
+                continue
             if image in kept:
                 self.left_out[SAME] += 1
                 continue

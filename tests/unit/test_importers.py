@@ -393,10 +393,6 @@ def test_limit_counts_rows_of_all_tables(write: Write) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"jpg_0": A[:48]}, "`jpg_0`: the picture cannot be decoded"),
-        ({"jpg_0": b"\x89PNG" + B[:9]}, "`jpg_0`: not a PNG, JPEG or WEBP picture. Convert it"),
-        ({"jpg_0": b"GIF89a" + A}, "`jpg_0`: not a PNG, JPEG or WEBP picture (it begins with b'GIF89a"),
-        ({"jpg_0": b""}, "`jpg_0`: not a PNG, JPEG or WEBP picture"),
         ({"caption": "a \x1b[2J fox"}, "`caption` holds the control character U+001B"),
         ({"label_1": 2.0}, "`label_1` is 2; expected a number from 0 to 1."),
         ({"label_1": float("inf")}, "`label_1` is inf; expected a number from 0 to 1."),
@@ -407,6 +403,26 @@ def test_a_mistake_names_file_row_and_column(write: Write, changes: Row, said: s
     assert f"t.parquet:2: {said}" in message
     assert message.startswith(f"{Path('t.parquet').resolve()}: 1 mistake.")
     assert not [path for path in Path("out").rglob("*") if ".part" in path.name]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (A[:48], "the picture cannot be decoded"),
+        (b"\x89PNG" + B[:9], "not a PNG, JPEG or WEBP picture. Convert it"),
+        (b"GIF89a" + A, "not a PNG, JPEG or WEBP picture (it begins with b'GIF89a"),
+        (b"", "not a PNG, JPEG or WEBP picture"),
+    ],
+)
+def test_a_picture_that_cannot_be_read_is_left_out_counted_and_named(write: Write, data: bytes, said: str) -> None:
+    done = imported("pickapic-v2", write(pick(), pick(caption="another", jpg_0=data)))
+    assert (done.groups, done.pairs) == (1, 1)
+    assert done.left_out == {"pictures that cannot be read": 1, "pictures left with neither scores nor a preference": 1}
+    assert done.unreadable[0].startswith(f"{Path('t.parquet').resolve()}:2: `jpg_0`: {said}")
+    assert not [path for path in Path("out").rglob("*") if ".part" in path.name]
+    done.records.unlink()
+    message = refused(lambda: imported("pickapic-v2", write(pick(jpg_0=data, jpg_1=data))))
+    assert "of 1 rows none can be used" in message and said in message
 
 
 @pytest.mark.parametrize(
@@ -592,7 +608,7 @@ def test_json_is_one_document(write: Write, run: Any) -> None:
     assert code == 0
     assert json.loads(out) == {
         "records": "out/records.jsonl", "rows": 2, "groups": 1, "images": 2, "pairs": 1, "rated": 0,
-        "left_out": {"rows without a label": 1}, "absent": [],
+        "left_out": {"rows without a label": 1}, "absent": [], "unreadable": [],
     }  # fmt: skip
     assert read_records("out/records.jsonl")[0].prompt == "x"
 
