@@ -250,11 +250,26 @@ class OpdSection(Section):
 
 
 class DanceSection(Section):
-    """RewardDance as Z-Reward's baseline: the score first, an explanation after it, cross-entropy on both."""
+    """RewardDance: the answer first, an explanation after it, cross-entropy on both."""
 
+    form: Literal["pointwise", "pairwise"] = "pointwise"
+    """Scores of one picture, as Z-Reward's baseline; or whether a picture is better than another (arXiv 2509.08826)."""
     target: Literal["hard", "two-hot", "histogram"] = "hard"
+    """Of the scores; the pairwise form has yes and no."""
     explanation: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of the explanation's mean cross-entropy a token (ours); rows without a critique have none."""
+    preferences_in: str | None = None
+    """Dimension that preferences without scores are about, in the pairwise form."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> DanceSection:
+        if self.form == "pairwise" and self.target != "hard":
+            raise ValueError(f"target {self.target} is about scores, and the pairwise form learns yes and no; leave "
+                             "target out, or set form to pointwise")  # fmt: skip
+        if self.form == "pointwise" and self.preferences_in is not None:
+            raise ValueError("the pointwise form learns from scores and reads no preferences; leave preferences_in "
+                             "out, or set form to pairwise")  # fmt: skip
+        return self
 
 
 class SftTargetSection(Section):
@@ -500,7 +515,7 @@ class RewardOpdRecipe(_Recipe):
 
 
 class RewardDanceRecipe(_Recipe):
-    """Supervised training of a score and the explanation after it."""
+    """Supervised training of a score, or of which picture is better, and of the explanation after it."""
 
     task: Literal["reward_dance"]
     scorer: ScorerSection

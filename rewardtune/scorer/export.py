@@ -18,6 +18,29 @@ from rewardtune.errors import CheckFailed
 from rewardtune.scorer.model import Scorer, load_scorer, save_scorer
 from rewardtune.scoring.objective import expectation
 
+_SCORES = """\
+Reads an image and a prompt into a distribution over {count} levels ({levels}) for {dimensions}, in one forward pass. \
+{trained}
+
+```python
+import rewardtune as rt
+
+reward = rt.load_reward("zreward", checkpoint="path/to/this/folder")
+score = reward.score(images, prompts)  # images (B, 3, H, W) in [0, 1]
+```"""
+_COMPARES = """\
+Says of two images of one prompt how likely the first is the better one in a dimension ({dimensions}), in one forward \
+pass. {trained} Its scores of single images were not trained.
+
+```python
+from rewardtune.scorer.comparison import load_comparer
+from rewardtune.scorer.model import load_scorer
+
+comparer = load_comparer(load_scorer("path/to/this/folder"))
+# images, references (N, 3, H, W) in [0, 1]; dimensions: an index each
+better = comparer.probability(images, references, prompts, dimensions)
+```"""
+
 
 @torch.no_grad()
 def export_scorer(
@@ -29,11 +52,13 @@ def export_scorer(
     task: str,
     trained_on: str,
     probe: Sequence[tuple[Path, str]],
+    compares: bool = False,
 ) -> None:
     """Write a scorer's folder, adapters merged; then read it back and score the probe's pictures.
 
-    base: the reference trained from. task, trained_on: for the card. probe: (image, prompt) each. Raises CheckFailed
-    when the files do not give the distributions of the weights that were written.
+    base: the reference trained from. task, trained_on: for the card. probe: (image, prompt) each. compares: the card
+    says how two pictures are compared, which was trained, and not how one is scored. Raises CheckFailed when the files
+    do not give the distributions of the weights that were written.
     """
     written = replace(scorer, model=_plain_copy(scorer))
     save_scorer(written, folder)
@@ -58,7 +83,12 @@ def export_scorer(
             f"storing the scorer as {facts['dtype']} moves its scores by up to {rounding:.2f}. Train from a "
             "checkpoint stored as float32 to export in float32."
         )
-    card = _card(scorer, facts, task=task, trained_on=trained_on, rounding=rounding)
+    use = (_COMPARES if compares else _SCORES).format(
+        dimensions=", ".join(scorer.dimensions), count=len(scorer.rubric.levels),
+        levels=", ".join(f"{level.token} = {level.value:g}" for level in scorer.rubric.levels),
+        trained=f"Trained with rewardtune (`task: {task}`) from `{facts['base']}` on {trained_on}.",
+    )  # fmt: skip
+    card = _card(facts, use=use, rounding=rounding)
     (folder / "README.md").write_text(card)
 
 
@@ -97,7 +127,7 @@ def _stamp(folder: Path, facts: Mapping[str, str]) -> None:
     (folder / "rewardtune.json").write_text(json.dumps(dict(sorted(facts.items())), indent=1) + "\n")
 
 
-def _card(scorer: Scorer, facts: Mapping[str, str], *, task: str, trained_on: str, rounding: float) -> str:
+def _card(facts: Mapping[str, str], *, use: str, rounding: float) -> str:
     import yaml
 
     front: dict[str, Any] = {
@@ -105,15 +135,10 @@ def _card(scorer: Scorer, facts: Mapping[str, str], *, task: str, trained_on: st
     }  # fmt: skip
     if not facts["base"].startswith("pocket:") and not Path(facts["base"]).expanduser().exists():
         front["base_model"] = facts["base"]
-    levels = ", ".join(f"{level.token} = {level.value:g}" for level in scorer.rubric.levels)
     table = "\n".join(f"| {k} | `{str(v)[:200]}` |" for k, v in sorted(facts.items()))
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n\n# {facts.get('name', 'scorer')}\n\n"
-        f"Reads an image and a prompt into a distribution over {len(scorer.rubric.levels)} levels ({levels}) for "
-        f"{', '.join(scorer.dimensions)}, in one forward pass. Trained with rewardtune (`task: {task}`) from "
-        f"`{facts['base']}` on {trained_on}.\n\n"
-        '```python\nimport rewardtune as rt\n\nreward = rt.load_reward("zreward", checkpoint="path/to/this/folder")\n'
-        "score = reward.score(images, prompts)  # images (B, 3, H, W) in [0, 1]\n```\n\n"
+        f"{use}\n\n"
         "`rubric.json` holds the question, the level tokens and where they are read. "
         f"Stored as {facts['dtype']}, which moved the scores of four probe pictures by {rounding:.3f} at most.\n\n"
         f"| | |\n| --- | --- |\n{table}\n"

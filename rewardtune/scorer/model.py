@@ -6,10 +6,11 @@ transformers' `AutoModelForImageTextToText` loads.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,27 @@ from rewardtune.data.references import resolve
 from rewardtune.errors import DataError, RecipeError
 from rewardtune.scorer.patches import Geometry, patchify, read_geometry
 from rewardtune.scorer.rubric import FILE, Frame, Reading, Rubric, load_rubric, reading, save_rubric
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the vision tower makes of B pictures, for rows that show one of them more than once.
+
+    features: the model's own output for images, a tensor a picture. grid: (B, 3) of frames, rows and columns of
+    patches. counts: image tokens of each.
+    """
+
+    features: Any
+    grid: Tensor
+    counts: list[int]
+
+    def shown(self, which: Sequence[int]) -> dict[str, Any]:
+        """The model's arguments about images for rows that show these, in the order in which they stand."""
+        shown = copy.copy(self.features)
+        shown.pooler_output = [self.features.pooler_output[i] for i in which]
+        if getattr(self.features, "deepstack_features", None) is not None:
+            shown.deepstack_features = [[layer[i] for i in which] for layer in self.features.deepstack_features]
+        return {"mm_encoder_outputs": {"image": shown}, "image_grid_thw": self.grid[list(which)]}
 
 
 @dataclass(frozen=True)
@@ -77,6 +99,13 @@ class Scorer:
         """(B, D, K) probabilities over the levels: softmax over the level tokens alone (Z-Reward, section 3)."""
         return self.logits(images, prompts).softmax(-1)
 
+    def see(self, images: Tensor | Sequence[Tensor]) -> Seen:
+        """Images in [0, 1], (B, 3, H, W) or B tensors (3, H, W), through the vision tower, each once; with graph."""
+        patches, grid = patchify(images, self.geometry)
+        grid, model = grid.to(self.device), cast(Any, self.model)
+        features = model.get_image_features(patches.to(self.device), image_grid_thw=grid, return_dict=True)
+        return Seen(features, grid, (grid[:, 1] * grid[:, 2] // self.geometry.merge**2).tolist())
+
     @property
     def image_token(self) -> int:
         token: int = self.model.config.image_token_id  # type: ignore[union-attr, assignment]
@@ -86,16 +115,17 @@ class Scorer:
         rows = [self.tokens(self.reading.frame, prompt, count) for prompt, count in zip(prompts, counts, strict=True)]
         return self.pad(rows)
 
-    def tokens(self, frame: Frame, prompt: str, count: int) -> list[int]:
-        """Ids of a template with a prompt and an image of `count` tokens.
+    def tokens(self, frame: Frame, prompt: str, count: int, reference: int = 0) -> list[int]:
+        """Ids of a template with a prompt and an image of `count` tokens, and the image beside it where there is one.
 
         Raises DataError when they are more than the model reads.
         """
         # `split_special_tokens`: a prompt that spells "<|im_end|>" stays text
         words = self.tokenizer.encode(frame.lead + str(prompt), add_special_tokens=False, split_special_tokens=True)
-        image = [self.image_token] * count
-        first, second = (image, words) if frame.image_first else (words, image)
-        row = [*frame.before, *first, *frame.between, *second, *frame.after]
+        fill = {"prompt": words, "image": [self.image_token] * count, "reference": [self.image_token] * reference}
+        row = [*frame.pieces[0]]
+        for slot, piece in zip(frame.slots, frame.pieces[1:], strict=True):
+            row += [*fill[slot], *piece]
         limit = self.model.config.get_text_config().max_position_embeddings  # type: ignore[operator, union-attr]
         if len(row) > limit:
             raise DataError(

@@ -7,7 +7,6 @@ so a distribution exists for every sample. The tasks that train teachers use thi
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rewardtune.randomness import generator
 from rewardtune.scorer.generation import Draft, Start, write
-from rewardtune.scorer.model import Scorer
-from rewardtune.scorer.patches import patchify
+from rewardtune.scorer.model import Scorer, Seen
 from rewardtune.scorer.rubric import ThinkingReading, thinking_reading
 
 CHUNK = 1024
@@ -131,13 +129,13 @@ class Reasoner:
         closings = [self.reading.closings[q.dimension] for q in questions]
         draft = Draft(chances.to(self.scorer.device), temperature, closings=closings, levels=levels,
                       unsayable=self.unsayable)  # fmt: skip
-        seen, grid = self._see(images)
-        rows = self._rows(grid, questions)
+        seen = self.scorer.see(images)
+        rows = self._rows(seen, questions)
         with _not_training(model):
             heads = {(q.image, *row[:-tail]): q.image for q, row, tail in zip(questions, rows, tails, strict=True)}
             number = {head: n for n, head in enumerate(heads)}
             ids, mask = self.scorer.pad([head[1:] for head in heads])
-            shown, kinds = _shown(seen, grid, list(heads.values())), self._kinds(ids)
+            shown, kinds = seen.shown(list(heads.values())), self._kinds(ids)
             places, _ = model.model.get_rope_index(
                 ids, mm_token_type_ids=kinds, image_grid_thw=shown["image_grid_thw"], attention_mask=mask
             )
@@ -170,15 +168,17 @@ class Reasoner:
         tokens: give the traces' log-probabilities at `temperature` too; one image is encoded once for all its traces.
         """
         scorer, reading = self.scorer, self.reading
-        rows, seen = self._ask(images, questions)
+        seen = scorer.see(images)
+        rows = self._rows(seen, questions)
         starts = [len(row) for row in rows]
         rows = [[*row, *t.ids, *reading.closings[q.dimension]]
                 for row, t, q in zip(rows, traces, questions, strict=True)]  # fmt: skip
         ids, mask = scorer.pad(rows)
         model: Any = scorer.model
         hidden: Tensor = model.model(
-            input_ids=ids, attention_mask=mask, mm_token_type_ids=self._kinds(ids), use_cache=False, **seen
-        ).last_hidden_state
+            input_ids=ids, attention_mask=mask, mm_token_type_ids=self._kinds(ids), use_cache=False,
+            **seen.shown([q.image for q in questions]),
+        ).last_hidden_state  # fmt: skip
         weight: Tensor = model.get_output_embeddings().weight
         logits = F.linear(hidden[:, -1], weight[list(scorer.reading.level_ids)])
         logits = (logits if logits.dtype == torch.float64 else logits.float()) / scorer.rubric.temperature
@@ -224,35 +224,15 @@ class Reasoner:
     def _kinds(self, ids: Tensor) -> Tensor:
         return (ids == self.scorer.image_token).int()
 
-    def _ask(self, images: Sequence[Tensor], questions: Sequence[Question]) -> tuple[list[list[int]], dict[str, Any]]:
-        """Ids of each question, up to the first token of its reasoning, and the model's arguments about images."""
-        seen, grid = self._see(images)
-        return self._rows(grid, questions), _shown(seen, grid, [q.image for q in questions])
-
-    def _see(self, images: Sequence[Tensor]) -> tuple[Any, Tensor]:
-        """What the vision tower makes of the images, each once, however often it is asked about; and their grids."""
-        patches, grid = patchify(images, self.scorer.geometry)
-        model: Any = self.scorer.model
-        grid = grid.to(self.scorer.device)
-        return model.get_image_features(patches.to(grid.device), image_grid_thw=grid, return_dict=True), grid
-
-    def _rows(self, grid: Tensor, questions: Sequence[Question]) -> list[list[int]]:
-        counts = (grid[:, 1] * grid[:, 2] // self.scorer.geometry.merge**2).tolist()
-        return [self.scorer.tokens(self.reading.frames[q.dimension], q.prompt, counts[q.image]) for q in questions]
+    def _rows(self, seen: Seen, questions: Sequence[Question]) -> list[list[int]]:
+        """Ids of each question, up to the first token of its reasoning."""
+        frames = self.reading.frames
+        return [self.scorer.tokens(frames[q.dimension], q.prompt, seen.counts[q.image]) for q in questions]
 
 
 def _traces(draft: Draft) -> list[Trace]:
     rows = zip(draft.ids.tolist(), draft.said.tolist(), draft.ended.tolist(), strict=True)
     return [Trace(tuple(row[:count]), ended) for row, count, ended in rows]
-
-
-def _shown(seen: Any, grid: Tensor, which: Sequence[int]) -> dict[str, Any]:
-    """The model's arguments about images for rows that show these."""
-    shown = copy.copy(seen)
-    shown.pooler_output = [seen.pooler_output[i] for i in which]
-    if getattr(seen, "deepstack_features", None) is not None:
-        shown.deepstack_features = [[layer[i] for i in which] for layer in seen.deepstack_features]
-    return {"mm_encoder_outputs": {"image": shown}, "image_grid_thw": grid[list(which)]}
 
 
 def load_reasoner(scorer: Scorer) -> Reasoner:

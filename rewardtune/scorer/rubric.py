@@ -19,6 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rewardtune.errors import RecipeError
 
 FILE = "rubric.json"
+SLOTS = ("image", "prompt")
+PAIR_SLOTS = ("image", "reference", "prompt")
+TOUCHING = re.compile(r"\{(image|reference)\}(\{prompt\})?\{(image|reference)\}")
 
 
 class Level(BaseModel):
@@ -56,6 +59,18 @@ class Thinking(BaseModel):
     """Most tokens of a reasoning."""
 
 
+class Comparison(BaseModel):
+    """How it is asked whether a picture is better than another one of the same prompt, in one dimension."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    template: str
+    """Text before the answer: `{image}` (the candidate), `{reference}` (the other picture) and `{prompt}` once each,
+    `{dimension}` and `{criteria}` where wanted."""
+    yes: Annotated[str, Field(min_length=1)] = "yes"
+    """The answer that the candidate is better."""
+    no: Annotated[str, Field(min_length=1)] = "no"
+
+
 class Rubric(BaseModel):
     """A rubric. The score of dimension d is read after `reads[d]`'s last token; no level stands between the reads.
 
@@ -74,9 +89,11 @@ class Rubric(BaseModel):
     reads: tuple[str, ...]
     """For each dimension, the text whose next token is its level."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    """Logits are divided by this."""
+    """Logits of the levels are divided by this."""
     thinking: Thinking | None = None
     """For models that reason before they score; a rubric without it is read in one pass only."""
+    comparison: Comparison | None = None
+    """For models that say which of two pictures is better."""
 
     @model_validator(mode="after")
     def _fits(self) -> Rubric:
@@ -90,14 +107,19 @@ class Rubric(BaseModel):
         if any(b <= a for a, b in itertools.pairwise(values)):
             raise ValueError("the levels' values must rise")
         templates = {"the template": self.template}
+        if self.comparison is not None:
+            templates["comparison.template"] = self.comparison.template
+            if TOUCHING.search(self.comparison.template):
+                raise ValueError("comparison.template needs text between {image} and {reference}: pictures that touch "
+                                 "are taken for one")  # fmt: skip
         if self.thinking is not None:
             templates["thinking.template"] = self.thinking.template
             if len(self.thinking.reads) != len(self.dimensions) or any(not read for read in self.thinking.reads):
                 raise ValueError("thinking.reads needs one text for each dimension, none of them empty")
         for name, template in templates.items():
-            for slot in ("{image}", "{prompt}"):
-                if template.count(slot) != 1:
-                    raise ValueError(f"{name} must hold {slot} exactly once")
+            for slot in PAIR_SLOTS if name == "comparison.template" else SLOTS:
+                if template.count(f"{{{slot}}}") != 1:
+                    raise ValueError(f"{name} must hold {{{slot}}} exactly once")
             if "{criteria}" in template and sorted(self.criteria) != sorted(self.dimensions):
                 raise ValueError(f"{name} asks for {{criteria}}, so every dimension needs an entry in criteria")
         return self
@@ -112,22 +134,25 @@ class Rubric(BaseModel):
 class Frame:
     """A template in the ids of one tokenizer.
 
-    before, between, after: ids around image and prompt. lead: white space before the prompt, which byte-pair
-    vocabularies keep with the word that follows. image_first: whether the image stands before the prompt.
+    slots: `image`, `prompt` and, where two pictures are compared, `reference`, in the order in which they stand.
+    pieces: ids around them, one piece more. lead: white space before the prompt, which byte-pair vocabularies keep with
+    the word that follows.
     """
 
-    before: tuple[int, ...]
-    between: tuple[int, ...]
-    after: tuple[int, ...]
+    slots: tuple[str, ...]
+    pieces: tuple[tuple[int, ...], ...]
     lead: str
-    image_first: bool
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        return self.pieces[-1]
 
 
 @dataclass(frozen=True)
 class Reading:
     """A rubric in the ids of one tokenizer.
 
-    frame: the template, its `after` ending with the reads. positions: one per dimension, counted from the end of the
+    frame: the template, its last piece ending with the reads. positions: one per dimension, counted from the end of the
     sequence (-1 is the last). level_ids: one token per level.
     """
 
@@ -149,6 +174,17 @@ class ThinkingReading:
     closings: tuple[tuple[int, ...], ...]
     stop: int
     tails: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ComparisonReading:
+    """The rubric's comparison part in the ids of one tokenizer.
+
+    frames: up to the answer, one a dimension. answers: the tokens of yes and no, one of which stands next.
+    """
+
+    frames: tuple[Frame, ...]
+    answers: tuple[int, int]
 
 
 def load_rubric(path: str | Path | None = None) -> Rubric:
@@ -184,11 +220,7 @@ def reading(rubric: Rubric, tokenizer: Any) -> Reading:
     Every level must be one token of its own after every read, as the model would write it. Raises RecipeError that
     names the levels that are not, which half points written "3.5" are not in Qwen's vocabularies.
     """
-
-    def ids(text: str) -> list[int]:
-        found: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        return found
-
+    ids = _encoder(tokenizer)
     reads = [ids(text) for text in rubric.reads]
     frame = _frame(filled(rubric, rubric.template, rubric.dimensions), ids)
     positions, end = [], 0
@@ -196,7 +228,7 @@ def reading(rubric: Rubric, tokenizer: Any) -> Reading:
         positions.append(end - 1)
         end -= len(read)
     return Reading(
-        frame=replace(frame, after=(*frame.after, *(i for read in reads for i in read))),
+        frame=replace(frame, pieces=(*frame.pieces[:-1], (*frame.after, *(i for read in reads for i in read)))),
         positions=tuple(reversed(positions)),
         level_ids=_level_ids(rubric, rubric.reads, ids, tokenizer.unk_token_id),
     )
@@ -214,11 +246,7 @@ def thinking_reading(rubric: Rubric, tokenizer: Any) -> ThinkingReading:
             "this rubric has no `thinking` part, so it does not say how reasoning is asked for; add `thinking:` with "
             "template, close and reads to its rubric.json, or use a task that reads in one pass (reward_sft)."
         )
-
-    def ids(text: str) -> list[int]:
-        found: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        return found
-
+    ids = _encoder(tokenizer)
     close = ids(thinking.close)
     closings = [ids(thinking.close + read) for read in thinking.reads]
     if any(closing[: len(close)] != close for closing in closings):
@@ -236,13 +264,43 @@ def thinking_reading(rubric: Rubric, tokenizer: Any) -> ThinkingReading:
     return ThinkingReading(tuple(frames), tuple(map(tuple, closings)), close[0], _tails(frames))
 
 
+def comparison_reading(rubric: Rubric, tokenizer: Any) -> ComparisonReading:
+    """The rubric's comparison part in a tokenizer's ids.
+
+    Raises RecipeError when the rubric has none, or when yes or no is not one token of its own where the answer stands.
+    """
+    asked = rubric.comparison
+    if asked is None:
+        raise RecipeError(
+            "this rubric has no `comparison` part, so it does not say how two pictures are compared; add `comparison` "
+            "with template, yes and no to its rubric.json (the shipped rewardtune/scorer/rubric.json has one), or set "
+            "objective.form to pointwise."
+        )
+    ids = _encoder(tokenizer)
+    texts = [filled(rubric, asked.template, [name]) for name in rubric.dimensions]
+    frames = [_frame(text, ids, PAIR_SLOTS) for text in texts]
+    if not all(frame.after for frame in frames):
+        raise RecipeError("rubric: comparison.template ends with {image}, {reference} or {prompt}; end it with the "
+                          "start of the turn in which the model answers.")  # fmt: skip
+    endings = [re.split(r"\{(?:image|reference|prompt)\}", text)[-1] for text in texts]
+    yes, no = (_single(answer, endings, ids, tokenizer.unk_token_id) for answer in (asked.yes, asked.no))
+    if yes is None or no is None or yes == no:
+        wrong = " and ".join(repr(a) for a, token in ((asked.yes, yes), (asked.no, no)) if token is None)
+        found = f"{wrong} is not one token" if wrong else f"{asked.yes!r} and {asked.no!r} are the same token"
+        raise RecipeError(
+            f"rubric: where the answer of `comparison` stands, {found} in this model's tokenizer. Take a single word "
+            "or letter for each of comparison.yes and comparison.no and explain them in comparison.template."
+        )
+    return ComparisonReading(tuple(frames), (yes, no))
+
+
 def _tails(frames: Sequence[Frame]) -> tuple[int, ...]:
     endings = [frame.after for frame in frames]
     # a tail is one token at least, the one behind which reasoning begins
     alike = min(map(len, endings)) - 1
     while any(ending[:alike] != endings[0][:alike] for ending in endings):
         alike -= 1
-    if len({(frame.before, frame.between, frame.lead) for frame in frames}) > 1:
+    if len({(frame.pieces[:-1], frame.lead) for frame in frames}) > 1:
         return tuple(1 for _ in frames)
     return tuple(len(ending) - alike for ending in endings)
 
@@ -257,32 +315,39 @@ def filled(rubric: Rubric, template: str, dimensions: Sequence[str]) -> str:
     return template.replace("{criteria}", criteria).replace("{dimension}", ", ".join(dimensions))
 
 
-def _frame(template: str, ids: Callable[[str], list[int]]) -> Frame:
-    # the groups are the white space before {prompt}; the one before {image} is empty
-    before, lead_1, between, lead_2, after = re.split(r"(\s*)\{prompt\}|\{image\}", template)
-    first = template.index("{image}") < template.index("{prompt}")
-    return Frame(tuple(ids(before)), tuple(ids(between)), tuple(ids(after)), lead_1 or lead_2 or "", first)
+def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    return lambda text: tokenizer.encode(text, add_special_tokens=False)
+
+
+def _frame(template: str, ids: Callable[[str], list[int]], slots: Sequence[str] = SLOTS) -> Frame:
+    # white space before {prompt} is taken off its piece and kept as the lead
+    marks = [*re.finditer(rf"(\s*)\{{(prompt)\}}|\{{({'|'.join(slots)})\}}", template)]
+    ends = [0, *(mark.end() for mark in marks)]
+    texts = [template[end : mark.start()] for end, mark in zip(ends, marks, strict=False)] + [template[ends[-1] :]]
+    lead = next((mark[1] for mark in marks if mark[2]), "")
+    return Frame(tuple(mark[2] or mark[3] for mark in marks), tuple(tuple(ids(text)) for text in texts), lead)
+
+
+def _single(token: str, texts: Sequence[str], ids: Callable[[str], list[int]], unknown: int | None) -> int | None:
+    """The one token that a text is behind each of these, or None where it is several, another, or unknown."""
+    found = set()
+    for text in texts:
+        before, whole = ids(text), ids(text + token)
+        single = len(whole) == len(before) + 1 and whole[:-1] == before and whole[-1] != unknown
+        found.add(whole[-1] if single else None)
+    return found.pop() if len(found) == 1 else None
 
 
 def _level_ids(
     rubric: Rubric, reads: Sequence[str], ids: Callable[[str], list[int]], unknown: int | None
 ) -> tuple[int, ...]:
-    found: list[int] = []
-    wrong: list[str] = []
-    for level in rubric.levels:
-        after = set()
-        for text in reads:
-            read, whole = ids(text), ids(text + level.token)
-            single = len(whole) == len(read) + 1 and whole[:-1] == read and whole[-1] != unknown
-            after.add(whole[-1] if single else None)
-        if len(after) != 1 or None in after:
-            wrong.append(f"{level.token!r} (value {level.value:g})")
-        found.append(next(iter(after)) or 0)
+    found = {level: _single(level.token, reads, ids, unknown) for level in rubric.levels}
+    wrong = [f"{level.token!r} (value {level.value:g})" for level, token in found.items() if token is None]
     if wrong:
         raise RecipeError(
             f"rubric: these levels are not one token after every read in this model's tokenizer: {', '.join(wrong)}. "
             "Stand single digits, letters or words for the levels and explain them in the template."
         )
-    if len(set(found)) != len(found):
+    if len(set(found.values())) != len(found):
         raise RecipeError("rubric: two levels are the same token in this model's tokenizer; every level needs its own.")
-    return tuple(found)
+    return tuple(token for token in found.values() if token is not None)

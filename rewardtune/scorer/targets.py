@@ -6,6 +6,7 @@ The tasks that train scorers call it; losses are `losses.py`'s.
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rewardtune.data.records import PreferenceGroup, RatedImage
+from rewardtune.data.records import PreferenceGroup, RatedImage, read_records
 from rewardtune.errors import DataError
 from rewardtune.scorer.losses import hard_target, histogram_target, two_hot_target
 from rewardtune.scorer.rubric import Rubric
@@ -87,7 +88,8 @@ def check_labels(groups: Sequence[PreferenceGroup], rubric: Rubric, *, target: s
 class Pair:
     """Two pictures of one prompt, compared in one dimension (an index); the first is the better one.
 
-    ratings: their human scores; None when only the order is known. targets: (2, K), None likewise.
+    ratings: their human scores; None when only the order is known. targets: (2, K), None likewise. critiques: what was
+    written about each, empty where nothing was.
     """
 
     prompt: Prompt
@@ -95,6 +97,21 @@ class Pair:
     dimension: int
     ratings: tuple[float, float] | None = None
     targets: Tensor | None = field(default=None, compare=False)
+    critiques: tuple[str, str] = ("", "")
+
+
+def read_pairs(records: str | Path, rubric: Rubric, *, target: str, preferences_in: str | None) -> list[Pair]:
+    """The pairs of a file of records; says on standard error which records make none. See `make_pairs`.
+
+    Raises DataError for records that cannot be read, or whose labels do not fit the rubric.
+    """
+    groups = read_records(records)
+    check_labels(groups, rubric, target=target)
+    pairs, left = make_pairs(groups, rubric, target=target, preferences_in=preferences_in)
+    if sum(left.values()):
+        reasons = ", ".join(f"{count:,} {why}" for why, count in left.items() if count)
+        print(f"{len(pairs):,} pairs; left out: {reasons}", file=sys.stderr)
+    return pairs
 
 
 def make_pairs(
@@ -126,6 +143,7 @@ def make_pairs(
                     Pair(
                         group.prompt, (group.images[won].image, group.images[lost].image), d,
                         (max(first, second), min(first, second)), torch.stack([targets[won][d], targets[lost][d]]),
+                        (group.images[won].critique or "", group.images[lost].critique or ""),
                     )
                 )  # fmt: skip
         for won, lost in group.preferences:
@@ -137,7 +155,8 @@ def make_pairs(
                     f"objective.preferences_in, one of {', '.join(rubric.dimensions)}."
                 )
             images = (group.images[won].image, group.images[lost].image)
-            pairs.append(Pair(group.prompt, images, rubric.dimensions.index(preferences_in)))
+            said = (group.images[won].critique or "", group.images[lost].critique or "")
+            pairs.append(Pair(group.prompt, images, rubric.dimensions.index(preferences_in), critiques=said))
         if len(group.images) < 2:
             left["groups of one picture"] += 1
         elif len(pairs) == before:

@@ -147,9 +147,10 @@ def judgements(
         weights = _fingerprint(scorer)
     if not section.cache:
         return lambda indices, chosen: _stacked(teacher.rows(indices, [items[i] for i in chosen]))
+    # how a rubric compares pictures has no part in a judgement of one
     asked = {"teacher": section.model, "weights": weights, "traces": section.traces,
              "temperature": section.temperature, "max_tokens": section.max_tokens, "seed": seed,
-             "rubric": json.loads(rubric.model_dump_json())}  # fmt: skip
+             "rubric": json.loads(rubric.model_dump_json(exclude={"comparison"}))}  # fmt: skip
     folder = Path(section.cache)
     rank, world = _process()
     traces.fill(folder, items, teacher.rows, asked=asked, batch_size=section.batch_size, rank=rank, world=world,

@@ -1,5 +1,6 @@
 """RewardDance as Z-Reward runs it (arXiv 2606.09076, section 6): the score first, an explanation after it, both
 trained; at test the score alone is read. Explanations are the records' `critique`, by people or a strong model.
+The original, which compares two pictures, is `reward_dance_pairs.py`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from rewardtune.errors import DataError
 from rewardtune.randomness import epoch_index
 from rewardtune.recipe.sections import DanceSection, RewardDanceRecipe
 from rewardtune.scorer.evaluate import held_out_figures
+from rewardtune.scorer.explanations import explanation_ids, explanation_log_probs
 from rewardtune.scorer.export import export_scorer
 from rewardtune.scorer.losses import distribution_cross_entropy
 from rewardtune.scorer.model import Scorer
 from rewardtune.scorer.patches import patchify
-from rewardtune.scorer.reasoning import token_log_probs
 from rewardtune.scorer.targets import check_labels, target_maker
 from rewardtune.scorer.trainable import trainable_scorer
+from rewardtune.tasks.reward_dance_pairs import RewardDancePairs, build_reward_dance_pairs
 from rewardtune.types import Prompt, StepOutput
 
 
@@ -61,7 +63,7 @@ class RewardDance:
         patches, grid = patchify([to_tensor([open_image(r.image)])[0] for r in batch], scorer.geometry)
         counts = (grid[:, 1] * grid[:, 2] // scorer.geometry.merge**2).tolist()
         asked = [scorer.tokens(scorer.reading.frame, r.prompt, n) for r, n in zip(batch, counts, strict=True)]
-        told = [self._explanation(row) for row in batch]
+        told = [explanation_ids(scorer, row.explanation) for row in batch]
         ids, mask = scorer.pad([[*a, *t] for a, t in zip(asked, told, strict=True)])
         hidden: Tensor = model.model(
             input_ids=ids, attention_mask=mask, mm_token_type_ids=(ids == scorer.image_token).int(), use_cache=False,
@@ -75,10 +77,8 @@ class RewardDance:
         target = torch.stack([row.target for row in batch]).to(logits)
         loss = distribution_cross_entropy(logits / scorer.rubric.temperature, target)
         metrics = {"score_loss": float(loss.detach())}
-        at = [(n, ids.shape[1] - len(t) + k) for n, t in enumerate(told) for k in range(len(t))]
-        if at and self.objective.explanation:
-            row, column = torch.tensor(at, device=ids.device).unbind(1)
-            words = -token_log_probs(hidden[row, column - 1], ids[row, column], weight).mean()
+        if any(told) and self.objective.explanation:
+            words = -explanation_log_probs(hidden, ids, [len(t) for t in told], weight).mean()
             loss, metrics["explanation_loss"] = loss + self.objective.explanation * words, float(words.detach())
         return StepOutput(loss=loss, metrics=metrics)
 
@@ -99,18 +99,11 @@ class RewardDance:
     def _model(self) -> Any:
         return self.scorer.model
 
-    def _explanation(self, row: Row) -> list[int]:
-        """Ids of an explanation and the end of the turn, on a line of its own."""
-        if not row.explanation:
-            return []
-        words: list[int] = self.scorer.tokenizer.encode(
-            f"\n{row.explanation}", add_special_tokens=False, split_special_tokens=True
-        )
-        return [*words, self.scorer.tokenizer.eos_token_id]
 
-
-def build_reward_dance(recipe: RewardDanceRecipe, *, device: str) -> RewardDance:
-    """The task of a recipe."""
+def build_reward_dance(recipe: RewardDanceRecipe, *, device: str) -> RewardDance | RewardDancePairs:
+    """The task of a recipe, in either form."""
+    if recipe.objective.form == "pairwise":
+        return build_reward_dance_pairs(recipe, device=device)
     scorer = trainable_scorer(recipe.scorer, train=recipe.train, device=device)
     groups = read_records(recipe.data.records)
     check_labels(groups, scorer.rubric, target=recipe.objective.target)

@@ -6,7 +6,6 @@ score gap between all samples of two pictures; all three from one forward pass. 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from rewardtune.scorer.export import export_scorer
 from rewardtune.scorer.judgement_rewards import rewards, sampled_tokens, text_levels
 from rewardtune.scorer.reasoning import Reasoner, load_reasoner
 from rewardtune.scorer.rollouts import RollOut
-from rewardtune.scorer.targets import Pair, check_labels, make_pairs
+from rewardtune.scorer.targets import Pair, read_pairs
 from rewardtune.scorer.trainable import trainable_scorer
 from rewardtune.types import StepOutput
 
@@ -151,12 +150,7 @@ def build_reward_gdso(recipe: RewardGdsoRecipe, *, device: str) -> RewardGdso:
     """The task of a recipe; says on standard error which records make no pair."""
     o = recipe.objective
     scorer = trainable_scorer(recipe.scorer, train=recipe.train, device=device)
-    groups = read_records(recipe.data.records)
-    check_labels(groups, scorer.rubric, target=o.target)
-    pairs, left = make_pairs(groups, scorer.rubric, target=o.target, preferences_in=o.preferences_in)
-    if sum(left.values()):
-        reasons = ", ".join(f"{count:,} {why}" for why, count in left.items() if count)
-        print(f"{len(pairs):,} pairs; left out: {reasons}", file=sys.stderr)
+    pairs = read_pairs(recipe.data.records, scorer.rubric, target=o.target, preferences_in=o.preferences_in)
     held_out = read_records(recipe.data.held_out) if recipe.data.held_out else []
     return RewardGdso(
         load_reasoner(scorer), pairs=pairs, objective=o, batch_size=recipe.train.batch_size, seed=recipe.train.seed,

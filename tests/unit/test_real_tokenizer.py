@@ -17,6 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 from rewardtune.errors import RecipeError
+from rewardtune.scorer.comparison import load_comparer
 from rewardtune.scorer.model import Scorer, load_scorer
 from rewardtune.scorer.reasoning import Question, Trace, load_reasoner
 from rewardtune.scorer.rubric import Rubric, load_rubric, reading
@@ -93,6 +94,19 @@ def test_the_shipped_rubrics_levels_are_single_tokens_where_they_are_read(words:
     assert words.decode([reasoner.reading.stop]) == "</think>"
     for name, closing in zip(scorer.dimensions, reasoner.reading.closings, strict=True):
         assert words.decode(list(closing)) == f"</think>\n\n{name}="
+
+
+def test_the_shipped_rubric_asks_for_yes_or_no_in_single_tokens(words: Qwen3_5Tokenizer, scorer: Scorer):
+    comparer = load_comparer(scorer)
+    assert [words.decode([i]) for i in comparer.reading.answers] == ["yes", "no"]
+    asked = scorer.rubric.comparison
+    assert asked is not None
+    for name, frame in zip(scorer.dimensions, comparer.reading.frames, strict=True):
+        assert frame.slots == ("reference", "image", "prompt")
+        text = asked.template.replace("{dimension}", name).replace("{criteria}", scorer.rubric.criteria[name].text)
+        text = text.replace("{prompt}", "a fox").replace("{image}", "<|image_pad|>" * 2)
+        whole = words.encode(text.replace("{reference}", "<|image_pad|>" * 3), add_special_tokens=False)
+        assert scorer.tokens(frame, "a fox", 2, 3) == whole
 
 
 def test_half_points_in_figures_are_refused_by_name(words: Qwen3_5Tokenizer):

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_scorer import PROMPTS, RUBRIC, THINKING, pictures, tokenizer, write_reasoner
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from tiny_scorer import PROMPTS, RUBRIC, THINKING, as_qwen3_vl, pictures, tokenizer, write_reasoner
 
 from rewardtune.errors import RecipeError
 from rewardtune.scorer.model import load_scorer
@@ -16,39 +15,11 @@ from rewardtune.scorer.reasoning import Question, Reasoner, Trace, load_reasoner
 from rewardtune.scorer.rubric import Rubric, thinking_reading
 
 
-def write_qwen3_vl(folder: Path) -> Path:
-    """The other class, whose vision tower also feeds deeper layers."""
-    write_reasoner(folder, layers=["full_attention"])
-    words = tokenizer()
-    ids = words.convert_tokens_to_ids
-    torch.manual_seed(1)
-    text = {
-        "vocab_size": len(words), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True,
-        "max_position_embeddings": 256, "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2],
-                            "mrope_interleaved": True},
-    }  # fmt: skip
-    eye = {
-        "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
-        "initializer_range": 0.2, "temporal_patch_size": 2, "spatial_merge_size": 2, "out_hidden_size": 32,
-        "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1],
-    }  # fmt: skip
-    config = Qwen3VLConfig(
-        text_config=text, vision_config=eye, tie_word_embeddings=True, image_token_id=ids("<|image_pad|>"),
-        video_token_id=len(words) - 1, vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
-    )  # fmt: skip
-    (folder / "model.safetensors").unlink()
-    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module", params=["qwen3_5", "qwen3_vl"])
 def reasoner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reasoner:
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "qwen3_vl":
-        write_qwen3_vl(folder)
+        as_qwen3_vl(write_reasoner(folder, layers=["full_attention"]))
     else:
         write_reasoner(folder, layers=["linear_attention", "full_attention"])
     return load_reasoner(load_scorer(folder))

@@ -56,6 +56,7 @@ def recipes(root: Path) -> dict[str, Any]:
     load(HERE.parent / "tiny.py").z_image().save_pretrained(root / "pipeline")
     tiny_scorer.write_scorer(root / "scorer", layers=["linear_attention", "full_attention"])
     tiny_scorer.write_reasoner(root / "reasoner", layers=["full_attention"])
+    tiny_scorer.write_comparer(root / "comparer", layers=["full_attention"])
     rows, records = [], []
     for index, picture in enumerate(to_pil(torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)))):
         picture.save(root / f"{index}.png")
@@ -99,6 +100,10 @@ def recipes(root: Path) -> dict[str, Any]:
             **judge, "task": "reward_risd", "data": {"images": str(root / "records.jsonl")},
             "teacher": {"model": str(root / "reasoner"), "cache": str(root / "judgements"), "traces": 2},
         },
+        "reward-dance-pairs": {
+            **judge, "task": "reward_dance", "scorer": {"model": str(root / "comparer")},
+            "data": {"records": str(root / "records.jsonl")}, "objective": {"form": "pairwise"},
+        },
         "reward-opd": {
             **judge, "task": "reward_opd", "data": {"images": str(root / "records.jsonl")},
             "teacher": {"model": str(root / "scorer"), "rubric": str(root / "reasoner/rubric.json")},
@@ -140,7 +145,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
 
 
 CASES = ["sft-lora-bf16", "sft-full", "draft", "refl", "reward-sft", "reward-gdso", "reward-gdso-two-updates",
-         "reward-risd", "reward-opd"]  # fmt: skip
+         "reward-risd", "reward-dance-pairs", "reward-opd"]  # fmt: skip
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_scorer import NAMES, pictures, write_reasoner
+from tiny_scorer import COMPARISON, NAMES, pictures, write_reasoner
 
 from rewardtune.build import build_task
 from rewardtune.data.images import to_pil
@@ -220,6 +220,19 @@ def test_a_cache_of_another_question_is_refused(tmp_path: Path, change: str):
         to_pil(pictures(1, seed=5))[0].save(tmp_path / "0.png")
     with pytest.raises(RecipeError, match=r"drawn for another question; (traces|pictures) differ"):
         fill(tmp_path / "cache", items(tmp_path, 2), asked={"traces": 4 if change == "question" else 1})
+
+
+def test_a_rubric_that_learns_to_compare_keeps_its_judgements(student: Path, teacher: Path, tmp_path: Path):
+    images, cache = write_images(tmp_path, 2), str(tmp_path / "cache")
+    drawn = risd(student, teacher, images, traces=1, cache=cache).batch(0, [0])
+    rubric = json.loads((teacher / "rubric.json").read_text())
+    other = tmp_path / "rubric.json"
+    other.write_text(json.dumps({**rubric, "comparison": COMPARISON}))
+    again = risd(student, teacher, images, traces=1, cache=cache, rubric=str(other)).batch(0, [0])
+    assert torch.equal(again.teacher, drawn.teacher)
+    other.write_text(json.dumps({**rubric, "temperature": 2.0}))
+    with pytest.raises(RecipeError, match="drawn for another question; rubric differ"):
+        risd(student, teacher, images, traces=1, cache=cache, rubric=str(other))
 
 
 def test_processes_share_the_work_and_read_each_others_journals(tmp_path: Path):

@@ -110,7 +110,7 @@ def test_reading_finds_the_tokens_before_the_levels():
     # what stands before each read ends with the dimension's name
     ends = [words.decode(list(read.frame.after)[: len(read.frame.after) + p + 1]) for p in read.positions]
     assert [end.rpartition(" ")[2] for end in ends] == [f"{name}:" for name in NAMES]
-    assert read.frame.image_first and read.frame.lead == " "
+    assert read.frame.slots == ("image", "prompt") and read.frame.lead == " "
 
 
 def test_half_points_are_several_tokens_and_refused_by_name():
@@ -127,8 +127,8 @@ def test_equal_level_tokens_are_refused():
 
 def test_a_template_may_put_the_prompt_before_the_image():
     read = reading(rubric(template="a{prompt}bb{image}c"), tokenizer())
-    assert not read.frame.image_first and read.frame.lead == ""
-    assert (len(read.frame.before), len(read.frame.between)) == (1, 2)
+    assert read.frame.slots == ("prompt", "image") and read.frame.lead == ""
+    assert [len(piece) for piece in read.frame.pieces[:2]] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import pre_tokenizers
-from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers import (
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
@@ -81,7 +86,48 @@ THINKING = {
 }
 
 
+COMPARISON = {
+    "template": "<|im_start|>user<|vision_start|>{reference}<|vision_end|><|vision_start|>{image}<|vision_end|> "
+    "{prompt} second better in {dimension}?<|im_end|><|im_start|>assistant ",
+    "yes": "y",
+    "no": "n",
+}
+
+
+def write_comparer(folder: Path, *, layers: list[str]) -> Path:
+    write_scorer(folder, layers=layers)
+    (folder / "rubric.json").write_text(json.dumps({**RUBRIC, "comparison": COMPARISON}))
+    return folder
+
+
 def write_reasoner(folder: Path, *, layers: list[str]) -> Path:
     write_scorer(folder, layers=layers)
     (folder / "rubric.json").write_text(json.dumps({**RUBRIC, "thinking": THINKING}))
+    return folder
+
+
+def as_qwen3_vl(folder: Path) -> Path:
+    """The other class, whose vision tower also feeds deeper layers, in place of a folder's weights."""
+    words = tokenizer()
+    ids = words.convert_tokens_to_ids
+    torch.manual_seed(1)
+    text = {
+        "vocab_size": len(words), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True,
+        "max_position_embeddings": 256, "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2],
+                            "mrope_interleaved": True},
+    }  # fmt: skip
+    eye = {
+        "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
+        "initializer_range": 0.2, "temporal_patch_size": 2, "spatial_merge_size": 2, "out_hidden_size": 32,
+        "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1],
+    }  # fmt: skip
+    config = Qwen3VLConfig(
+        text_config=text, vision_config=eye, tie_word_embeddings=True, image_token_id=ids("<|image_pad|>"),
+        video_token_id=len(words) - 1, vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+    )  # fmt: skip
+    (folder / "model.safetensors").unlink()
+    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
     return folder
