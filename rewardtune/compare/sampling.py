@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from rewardtune.compare.files import sha256, write_bytes
-from rewardtune.compare.progress import Progress
 from rewardtune.compare.sides import Side
 from rewardtune.plugins import Guidance, Pipeline
+from rewardtune.progress import Progress
 from rewardtune.randomness import key
 from rewardtune.types import Prompt
 

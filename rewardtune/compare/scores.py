@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rewardtune.compare.files import csv_cell, write_bytes
-from rewardtune.compare.progress import Progress
 from rewardtune.compare.sampling import Plan, image_file, image_seed
 from rewardtune.errors import DataError, RecipeError
+from rewardtune.progress import Progress
 from rewardtune.recipe.sections import RewardSection
 from rewardtune.scoring.score import ImageScore, card_document, score_files
 

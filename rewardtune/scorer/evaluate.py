@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rewardtune.data.images import open_image, to_tensor
 from rewardtune.data.records import PreferenceGroup, read_records
 from rewardtune.errors import DataError
+from rewardtune.progress import Progress
 from rewardtune.scorer.losses import histogram_target, two_hot_target
 from rewardtune.scorer.model import Scorer, load_scorer
 from rewardtune.scorer.reasoning import load_reasoner
@@ -196,6 +197,7 @@ def _reason(
 ) -> tuple[Array, float]:
     """(N, D, K) mean probabilities over sampled traces, and how many tokens a score took."""
     reasoner = load_reasoner(scorer)
+    progress = Progress("reasoning about images", len(pictures))
     parts, said = [], 0
     for start in range(0, len(pictures), batch_size):
         batch = pictures[start : start + batch_size]
@@ -206,6 +208,7 @@ def _reason(
         )  # fmt: skip
         parts.append(shares.mean(2).double().cpu())
         said += sum(len(trace.ids) + 1 for trace in sampled)
+        progress.advance(len(batch))
     return np.asarray(torch.cat(parts)), said / (len(pictures) * len(scorer.dimensions))
 
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,8 +151,7 @@ def judgements(
              "rubric": json.loads(rubric.model_dump_json(exclude={"comparison"}))}  # fmt: skip
     folder = Path(section.cache)
     rank, world = _process()
-    traces.fill(folder, items, teacher.rows, asked=asked, batch_size=section.batch_size, rank=rank, world=world,
-                progress=_Progress(rank))  # fmt: skip
+    traces.fill(folder, items, teacher.rows, asked=asked, batch_size=section.batch_size, rank=rank, world=world)
     if world > 1:
         torch.distributed.barrier()
     found = traces.distributions(folder, len(items))
@@ -189,17 +186,3 @@ def _process() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
-
-
-class _Progress:
-    """A line now and then, with the time that is left."""
-
-    def __init__(self, rank: int) -> None:
-        self.rank, self.started, self.shown = rank, time.monotonic(), 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self.rank == 0 and (now - self.shown > 30 or done == total):
-            self.shown = now
-            left = (now - self.started) / done * (total - done)
-            print(f"teacher's judgements: {done:,} of {total:,} items, {left / 60:.0f} min left", file=sys.stderr)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rewardtune.errors import DataError, RecipeError
+from rewardtune.progress import Progress
 from rewardtune.types import Prompt
 
 Item = tuple[Path, Prompt]
@@ -46,7 +47,7 @@ Teacher = Callable[[Sequence[int], Sequence[Item]], list[Row]]
 
 def fill(
     folder: Path, items: Sequence[Item], teacher: Teacher, *, asked: dict[str, Any], batch_size: int, rank: int = 0,
-    world: int = 1, progress: Callable[[int, int], None] | None = None,
+    world: int = 1,
 ) -> None:  # fmt: skip
     """Draw what the folder lacks of this process's share of the items.
 
@@ -57,6 +58,7 @@ def fill(
     _check_book(folder, {**asked, "items": len(items), "pictures": _digest(items)}, write=rank == 0)
     done = _journals(folder)
     mine = [i for i in range(rank, len(items), world) if i not in done]
+    progress = Progress("teacher's judgements", len(mine)) if rank == 0 else None
     with _repaired(folder / f"journal-{rank}.jsonl").open("a", encoding="utf-8") as journal:
         for start in range(0, len(mine), batch_size):
             part = mine[start : start + batch_size]
@@ -65,7 +67,7 @@ def fill(
             journal.flush()
             os.fsync(journal.fileno())
             if progress is not None:
-                progress(start + len(part), len(mine))
+                progress.advance(len(part))
 
 
 def distributions(folder: Path, count: int) -> Tensor:
