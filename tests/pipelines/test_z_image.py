@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+import tiny
 import torch
 from rewardtune.pipelines.z_image import ZImage
 
 from rewardtune.diffusion.parameterisation import training_pair
 from rewardtune.diffusion.rollout import Chain, sample
 from rewardtune.plugins import Guidance
-
-_spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "tiny.py")
-assert _spec and _spec.loader
-tiny = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tiny)
 
 PROMPTS = ["dog", "two birds on the left of a red cat and one very long prompt"]
 

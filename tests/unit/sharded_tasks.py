@@ -5,7 +5,6 @@ Globals: CASES, PLUGIN, ROOT, RESULT, ENV.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -85,13 +84,11 @@ def build(case: Mapping[str, Any]) -> tuple[Any, Any]:
     from rewardtune.recipe.sections import Recipe
 
     if "tiny" in case:
-        spec = importlib.util.spec_from_file_location("tiny_task", Path(__file__).with_name("tiny_task.py"))
-        assert spec and spec.loader
-        tiny = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(tiny)
+        import tiny_task
+
         settings = {**case["tiny"], "broken": {int(i): how for i, how in case["tiny"].get("broken", {}).items()}}
-        task: Any = tiny.TinyTask(**settings)
-        return task, tiny.tiny_recipe(train=case["train"]).recipe
+        task: Any = tiny_task.TinyTask(**settings)
+        return task, tiny_task.tiny_recipe(train=case["train"]).recipe
     recipe: Any = TypeAdapter(Recipe).validate_python(case["recipe"])
     task = build_task(recipe, device="cpu")
     if "pieces" in case:

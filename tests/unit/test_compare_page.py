@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
-import importlib.util
 import io
 import json
 import re
@@ -14,10 +13,10 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny_comparison as tiny
 from PIL import Image
 
 from rewardtune.compare.files import csv_cell, plain, write_bytes
@@ -25,20 +24,6 @@ from rewardtune.compare.page import bars, render
 from rewardtune.compare.report import headline, pairs_of
 from rewardtune.compare.scores import samples_csv
 from rewardtune.errors import DiskError
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = _load("tiny_comparison")
 
 PAYLOADS = [
     "<script>document.documentElement.dataset.ran='1'</script>",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from rewardtune.pipelines.z_image import ZImage
 from safetensors import safe_open
@@ -19,11 +18,6 @@ from rewardtune.scoring.augment import Augmentation
 from rewardtune.scoring.reward_set import RewardSet, Term
 from rewardtune.tasks.direct_reward import DirectReward
 from rewardtune.types import Prompt, Score
-
-_spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "tiny.py")
-assert _spec and _spec.loader
-tiny = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tiny)
 
 
 class Redness:

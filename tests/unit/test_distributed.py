@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 from typing import Any
 
+import processes
 import psutil
 import pytest
+import tiny_task as tiny
 import torch
 from safetensors.torch import load_file
 
@@ -25,10 +25,6 @@ from rewardtune.training.track import read_metrics
 pytestmark = pytest.mark.timeout(900)
 
 SCRIPT = Path(__file__).with_name("tiny_task.py")
-_spec = importlib.util.spec_from_file_location("tiny_task", SCRIPT)
-assert _spec and _spec.loader
-tiny = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tiny)
 
 HOWS = ("loss", "inf", "grad", "reward")
 # Samples 0 to 3 of a step of 8 are rank 0's and 4 to 7 rank 1's; these belong to the fourth step.
@@ -67,20 +63,15 @@ def jobs(root: Path) -> dict[str, dict[str, Any]]:
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with every case, run in one group of two processes, and the plain ones in one process."""
     root = tmp_path_factory.mktemp("two")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = []
-    for rank in (0, 1):
-        env = {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(tiny.start({"jobs": jobs(root)}, stderr=root / f"err{rank}", env=env))
+    running = [
+        tiny.start({"jobs": jobs(root)}, stderr=root / f"err{rank}", env=env)
+        for rank, env in enumerate(processes.group(2))
+    ]
     alone = {name: {**one, "out": f"{one['out']}-alone"} for name, one in jobs(root).items() if "-" in name}
     alone = {name: one for name, one in alone.items() if not name.startswith("signal")}
-    processes.append(tiny.start({"jobs": alone}, stderr=root / "err", env={"RANK": "0", "WORLD_SIZE": "1"}))
-    for process in processes:
-        process.join(800)
-        assert process.exitcode == 0, [path.read_text() for path in root.glob("err*") if path.suffix != ".json"]
+    (env,) = processes.group(1)
+    running.append(tiny.start({"jobs": alone}, stderr=root / "err", env=env))
+    processes.join(running, lambda: [path.read_text() for path in root.glob("err*") if path.suffix != ".json"])
     return root
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import multiprocessing
-import runpy
-import socket
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import processes
 import pytest
+import tiny
 import tiny_scorer
 import torch
 
@@ -21,39 +18,11 @@ from rewardtune.data.images import to_pil
 pytestmark = pytest.mark.timeout(900)
 
 HERE = Path(__file__).parent
-PLUGIN = """
-from rewardtune import register_reward
-from rewardtune.plugins import Options, RewardCard
-
-@register_reward("redness")
-class Redness:
-    card = RewardCard("redness", "red minus blue", differentiable=True, needs_prompt=False, range=(-1, 1))
-
-    class Config(Options):
-        pass
-
-    @classmethod
-    def load(cls, config, *, device):
-        return cls()
-
-    def score(self, images, prompts):
-        from rewardtune.types import Score
-
-        return Score((images[:, 0] - images[:, 2]).mean((1, 2)))
-"""
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def recipes(root: Path) -> dict[str, Any]:
     """A recipe for each task and method; 3 steps of 4 samples."""
-    load(HERE.parent / "tiny.py").z_image().save_pretrained(root / "pipeline")
+    tiny.z_image().save_pretrained(root / "pipeline")
     tiny_scorer.write_scorer(root / "scorer", layers=["linear_attention", "full_attention"])
     tiny_scorer.write_reasoner(root / "reasoner", layers=["full_attention"])
     tiny_scorer.write_comparer(root / "comparer", layers=["full_attention"])
@@ -116,31 +85,13 @@ def recipes(root: Path) -> dict[str, Any]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     """What real_tasks.py finds, by number of processes."""
     root = tmp_path_factory.mktemp("tasks")
-    (root / "plugin.py").write_text(PLUGIN)
-    asked = {"RECIPES": recipes(root), "PLUGIN": str(root / "plugin.py")}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rewardtune.build", "rewardtune.training.loop", "accelerate"])
-    processes = []
+    asked = {"RECIPES": recipes(root), "PLUGIN": str(HERE / "redness.py")}
+    running = []
     for world in (1, 2):
-        for rank in range(world):
-            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-            group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            env = {"OMP_NUM_THREADS": 1} | (group if world > 1 else {})
+        for rank, env in enumerate(processes.group(world)):
             place = {"ROOT": str(root / f"runs{world}"), "RESULT": str(root / f"result-{world}-{rank}.json")}
-            given = {**asked, **place, "ENV": {name: str(value) for name, value in env.items()}}
-            process = context.Process(
-                target=runpy.run_path, args=(str(HERE / "real_tasks.py"),),
-                kwargs={"init_globals": given, "run_name": "__main__"},
-                daemon=True,
-            )  # fmt: skip
-            process.start()
-            processes.append(process)
-    for process in processes:
-        process.join(800)
-        assert process.exitcode == 0, [path.read_text() for path in root.glob("result-*.json")]
+            running.append(processes.start(HERE / "real_tasks.py", {**asked, **place, "ENV": env}))
+    processes.join(running, lambda: [path.read_text() for path in root.glob("result-*.json")])
     return {world: json.loads((root / f"result-{world}-0.json").read_text()) for world in (1, 2)}
 
 

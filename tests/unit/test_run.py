@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import random
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_task as tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -27,10 +27,6 @@ from rewardtune.training.track import read_metrics
 pytestmark = pytest.mark.timeout(900)
 
 SCRIPT = Path(__file__).with_name("tiny_task.py")
-_spec = importlib.util.spec_from_file_location("tiny_task", SCRIPT)
-assert _spec and _spec.loader
-tiny = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tiny)
 
 
 @pytest.fixture(autouse=True)

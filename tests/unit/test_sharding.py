@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import multiprocessing
-import runpy
-import socket
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import processes
 import pytest
+import tiny
+import tiny_scorer
+import tiny_task
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
@@ -30,23 +29,11 @@ pytestmark = pytest.mark.timeout(900)
 HERE = Path(__file__).parent
 
 
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = load(HERE / "tiny_task.py")
-PLUGIN = load(HERE / "test_resume.py").PLUGIN
-
-
 def cases(root: Path) -> dict[str, Any]:
     """What is trained: 3 optimiser steps of 4 samples, two for each process."""
-    load(HERE.parent / "tiny.py").z_image().save_pretrained(root / "pipeline")
-    load(HERE / "tiny_scorer.py").write_scorer(root / "scorer", layers=["linear_attention", "full_attention"])
-    load(HERE / "tiny_scorer.py").write_reasoner(root / "reasoner", layers=["linear_attention", "full_attention"])
+    tiny.z_image().save_pretrained(root / "pipeline")
+    tiny_scorer.write_scorer(root / "scorer", layers=["linear_attention", "full_attention"])
+    tiny_scorer.write_reasoner(root / "reasoner", layers=["linear_attention", "full_attention"])
     captions, records = [], []
     for index, picture in enumerate(to_pil(torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)))):
         picture.save(root / f"{index}.png")
@@ -121,29 +108,12 @@ def cases(root: Path) -> dict[str, Any]:
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """(folder of the runs, what sharded_tasks.py found in each process)."""
     root = tmp_path_factory.mktemp("sharding")
-    (root / "plugin.py").write_text(PLUGIN)
-    given = {"CASES": cases(root), "PLUGIN": str(root / "plugin.py"), "ROOT": str(root / "runs")}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rewardtune.build", "rewardtune.training.loop", "accelerate"])
-    processes = []
-    for rank in ("0", "1"):
-        env = {"OMP_NUM_THREADS": "1", **group, "RANK": rank, "LOCAL_RANK": rank}
-        process = context.Process(
-            target=runpy.run_path, args=(str(HERE / "sharded_tasks.py"),),
-            kwargs={
-                "init_globals": {**given, "RESULT": str(root / f"{rank}.json"), "ENV": env}, "run_name": "__main__"
-            },
-            daemon=True,
-        )  # fmt: skip
-        process.start()
-        processes.append(process)
-    for process in processes:
-        process.join(800)
-        assert process.exitcode == 0, [path.read_text() for path in root.glob("[01].json")]
+    given = {"CASES": cases(root), "PLUGIN": str(HERE / "redness.py"), "ROOT": str(root / "runs")}
+    running = [
+        processes.start(HERE / "sharded_tasks.py", {**given, "RESULT": str(root / f"{rank}.json"), "ENV": env})
+        for rank, env in enumerate(processes.group(2))
+    ]
+    processes.join(running, lambda: [path.read_text() for path in root.glob("[01].json")])
     return root / "runs", [json.loads((root / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -250,7 +220,7 @@ def test_a_run_evaluates_exports_and_draws_samples(ran: Any) -> None:
 
 
 def test_one_process_has_nothing_to_split(capsys: pytest.CaptureFixture[str]) -> None:
-    task = tiny.TinyTask()
+    task = tiny_task.TinyTask()
     assert not shard.split(task.trainable, where=Runtime(torch.device("cpu")))
     assert type(task.net[0].weight) is nn.Parameter
     assert "there is one process" in capsys.readouterr().err
@@ -287,7 +257,7 @@ def test_blocks_are_what_the_model_names_or_the_children_of_its_lists() -> None:
 def test_what_cannot_be_sharded_is_refused_in_the_recipe() -> None:
     with pytest.raises(ValidationError, match=r"train\.compile"):
         TrainSection(steps=1, shard=True, compile=True)
-    content = tiny.tiny_recipe(train={"shard": True}).recipe.model_dump()
+    content = tiny_task.tiny_recipe(train={"shard": True}).recipe.model_dump()
     for name in ("adamw8bit", "muon", "prodigy"):
         with pytest.raises(ValidationError, match=r"optimizer\.name"):
             DirectRewardRecipe.model_validate({**content, "optimizer": {"name": name}})

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_task as tiny
 import torch
 from torch import Tensor, nn
 
@@ -24,11 +24,6 @@ from rewardtune.training.signals import Stop
 from rewardtune.training.state import State, build_state
 from rewardtune.training.track import read_metrics
 from rewardtune.types import StepOutput
-
-_spec = importlib.util.spec_from_file_location("tiny_task", Path(__file__).with_name("tiny_task.py"))
-assert _spec and _spec.loader
-tiny = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tiny)
 
 OPTIMIZER = OptimizerSection(lr=0.01, schedule="cosine", warmup_steps=2, weight_decay=0.1)
 

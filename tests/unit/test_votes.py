@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_comparison as tiny
 
 from rewardtune.compare.page import render
 from rewardtune.compare.report import add_votes
 from rewardtune.compare.votes import judge_agreement, merge_votes, read_votes
 from rewardtune.errors import DataError
 
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = _load("tiny_comparison")
 SHAPE: dict[str, Any] = {"report": "abc", "sides": ["base", "tuned"], "prompts": 4, "seeds": 1}
 
 

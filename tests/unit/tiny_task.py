@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
-import runpy
 import signal
 import sys
 import time
@@ -148,17 +146,9 @@ def start(job: Mapping[str, Any], *, stderr: Path, env: Mapping[str, str] | None
 
     job: `out`, `nproc`, `allow_changed`, and what `tiny_recipe` takes; or `jobs`, several by name.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["accelerate", "diffusers.optimization", "rewardtune.training.loop", "rewardtune.training.run_folder"]
-    )
-    process = context.Process(
-        target=runpy.run_path,
-        args=(__file__,),
-        kwargs={"init_globals": {"JOB": job, "STDERR": str(stderr), "ENV": dict(env or {})}, "run_name": "__main__"},
-    )
-    process.start()
-    return process
+    import processes
+
+    return processes.start(Path(__file__), {"JOB": job, "STDERR": str(stderr), "ENV": dict(env or {})})
 
 
 def main(job: Mapping[str, Any]) -> None:
