@@ -188,7 +188,7 @@ class ScorerSection(Section):
 
 
 class ServerSection(Section):
-    """An OpenAI-compatible server, such as `vllm serve`, that runs the teacher."""
+    """An OpenAI-compatible server, such as `vllm serve`."""
 
     url: str
     """Up to and including /v1."""
@@ -279,6 +279,14 @@ class SftTargetSection(Section):
     """One-hot nearest level; mass on the two neighbouring levels so that the mean is the label; or the annotators'."""
 
 
+class RemoteRolloutSection(Section):
+    """Roll-outs on a vLLM server that loads adapters at run time (docs/train-a-reward.md)."""
+
+    server: ServerSection
+    adapters: str
+    """Folder of this run's own, seen by trainer and server under the same path, through which the weights go."""
+
+
 class GdsoSection(Section):
     """GDSO (Z-Reward, arXiv 2606.09076, section 4). The paper gives no values: every default here is ours."""
 
@@ -314,6 +322,8 @@ class GdsoSection(Section):
     """Most tokens of a reasoning; the rubric's own bound when left out."""
     preferences_in: str | None = None
     """Dimension that preferences without scores are about."""
+    rollouts: RemoteRolloutSection | None = None
+    """Where traces are sampled; in this process when left out. With `scorer.lora` only."""
 
     @model_validator(mode="after")
     def _fits(self) -> GdsoSection:
@@ -492,6 +502,15 @@ class RewardGdsoRecipe(_Recipe):
     scorer: ScorerSection
     data: PreferenceSection
     objective: GdsoSection = GdsoSection()
+
+    @model_validator(mode="after")
+    def _servable(self) -> RewardGdsoRecipe:
+        if self.objective.rollouts is not None and self.scorer.lora is None:
+            raise ValueError(
+                "objective.rollouts needs scorer.lora: at every roll-out the server is given the weights anew, and "
+                "adapters are what a vLLM server loads while it runs. Add `lora` to scorer, or leave rollouts out"
+            )
+        return self
 
 
 class RewardRisdRecipe(_Recipe):

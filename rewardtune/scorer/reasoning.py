@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,10 +37,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Trace:
-    """A sampled reasoning. ids: its tokens without the closing text. ended: the model closed it itself."""
+    """A sampled reasoning. ids: its tokens without the closing text. ended: the model closed it itself.
+
+    log_probs: of each token when it was sampled, the model's own end included; None where that was in this process.
+    """
 
     ids: tuple[int, ...]
     ended: bool
+    log_probs: tuple[float, ...] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

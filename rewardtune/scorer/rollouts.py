@@ -3,7 +3,7 @@ from them; `memory` carries them through a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rewardtune.data.images import open_image, to_tensor
+from rewardtune.errors import DataError
 from rewardtune.randomness import generator
 from rewardtune.scorer.reasoning import Judgements, Question, Reasoner, Trace
 from rewardtune.scorer.targets import Pair
@@ -24,7 +25,8 @@ class RollOut:
     drawn: (P, 2, G) in [0, 1), what picks a level where the reward is parsed from text. reference: (N, T)
     log-probabilities under the reference. levels, advantages (P, 2, G) and old (N, T): the level in the text, the
     advantage and the log-probabilities when the traces were drawn, for several updates on one roll-out. None where the
-    task needs none.
+    task needs none. sampler: (N, T) log-probabilities in which a server sampled; kept: (pairs asked for,) False for
+    those that lost a trace on the server and are not here; None where neither happened.
     """
 
     pairs: list[Pair]
@@ -36,6 +38,13 @@ class RollOut:
     levels: Tensor | None = None
     advantages: Tensor | None = None
     old: Tensor | None = None
+    sampler: Tensor | None = None
+    kept: Tensor | None = None
+
+    @property
+    def dropped(self) -> float:
+        """Share of the pairs asked for that are not here."""
+        return 0.0 if self.kept is None else 1 - float(self.kept.float().mean())
 
     @property
     def rated(self) -> Tensor:
@@ -51,7 +60,9 @@ class RollOut:
         return reasoner.read(self.images, self.questions, self.traces, tokens=tokens, temperature=temperature)
 
 
-FIXED = ("reference", "levels", "advantages", "old")
+FIXED = ("reference", "levels", "advantages", "old", "sampler", "kept")
+Sample = Callable[..., Sequence[Trace | None]]
+"""As `Reasoner.sample`; None for a trace that was lost."""
 
 
 def ask(reasoner: Reasoner, pairs: Sequence[Pair], *, samples: int) -> tuple[list[Tensor], list[Question]]:
@@ -70,6 +81,7 @@ def roll_out(
     pairs: Sequence[Pair],
     indices: Sequence[int],
     *,
+    sample: Sample,
     samples: int,
     seed: int,
     temperature: float,
@@ -78,17 +90,33 @@ def roll_out(
 ) -> RollOut:
     """Draw the traces of pairs; `indices` name the pairs' draws, so that they are the same on any rank.
 
-    A roll-out that `remembered` holds under its first index is taken from there.
+    A roll-out that `remembered` holds under its first index is taken from there. Raises DataError when every pair lost
+    a trace.
     """
+    fixed = {name: remembered.get(f"{indices[0]}.{name}") for name in FIXED}
     images, questions = ask(reasoner, pairs, samples=samples)
-    names = [(index, side, sample) for index in indices for side in (0, 1) for sample in range(samples)]
-    keys = [(seed, "gdso/trace", *name) for name in names]
+    names = [(index, side, one) for index in indices for side in (0, 1) for one in range(samples)]
     traces = _remembered_traces(remembered, indices[0])
     if traces is None:
-        traces = reasoner.sample(images, questions, keys, temperature=temperature, max_tokens=max_tokens)
+        keys = [(seed, "gdso/trace", *name) for name in names]
+        said = sample(images, questions, keys, temperature=temperature, max_tokens=max_tokens)
+        each = [said[k : k + 2 * samples] for k in range(0, len(said), 2 * samples)]
+        traces = [trace for some in each if None not in some for trace in some if trace is not None]
+        fixed["sampler"] = _sampler(traces, device=reasoner.scorer.device)
+        if None in said:
+            fixed["kept"] = torch.tensor([None not in some for some in each])
+    if (kept := fixed["kept"]) is not None:
+        if not kept.any():
+            raise DataError(
+                f"each of the {len(pairs)} pairs of a roll-out lost a trace on the server, so there is nothing to "
+                "learn from. Look at the server's log, or raise objective.rollouts.server.retries; the run continues "
+                "from its newest checkpoint."
+            )
+        pairs = [pair for pair, keep in zip(pairs, kept.tolist(), strict=True) if keep]
+        names = [name for name, keep in zip(names, kept.repeat_interleave(2 * samples).tolist(), strict=True) if keep]
+        images, questions = ask(reasoner, pairs, samples=samples)
     drawn = torch.stack([torch.rand((), generator=generator(seed, "gdso/level", *name)) for name in names])
     drawn = drawn.view(len(pairs), 2, samples).to(reasoner.scorer.device)
-    fixed = {name: remembered.get(f"{indices[0]}.{name}") for name in FIXED}
     return RollOut(list(pairs), images, questions, traces, drawn, **fixed)
 
 
@@ -106,6 +134,17 @@ def figures(batch: RollOut, means: Tensor) -> dict[str, float]:
     if len(batch.ratings):
         out["mae"] = float((means[batch.rated] - batch.ratings[..., None].to(means)).abs().mean())
     return out
+
+
+def sampler_gap(batch: RollOut, read: Judgements) -> dict[str, float]:
+    """Mean distance between a token's log-probabilities on the server and here, under the weights of the roll-out.
+
+    Rounding alone leaves it where it starts; one that grows with training means that the server has other weights.
+    """
+    if batch.sampler is None or read.log_probs is None or read.mask is None or not read.mask.any():
+        return {}
+    here = read.log_probs if batch.old is None else batch.old[:, : read.log_probs.shape[1]]
+    return {"rollout_gap": float((here.detach() - batch.sampler).abs()[read.mask].mean())}
 
 
 class Reference:
@@ -156,6 +195,14 @@ def memory(rollouts: Mapping[int, RollOut]) -> dict[str, Tensor]:
         out[f"{first}.ended"] = torch.tensor([t.ended for t in r.traces])
         out |= {f"{first}.{name}": value for name in FIXED if (value := getattr(r, name)) is not None}
     return out
+
+
+def _sampler(traces: Sequence[Trace], *, device: torch.device) -> Tensor | None:
+    rows = [trace.log_probs for trace in traces if trace.log_probs is not None]
+    if not rows:
+        return None
+    most = max(1, *map(len, rows))
+    return torch.tensor([[*row, *[0.0] * (most - len(row))] for row in rows], device=device)
 
 
 def _remembered_traces(tensors: Mapping[str, Tensor], first: int) -> list[Trace] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from rewardtune.scorer.evaluate import held_out_figures
 from rewardtune.scorer.export import export_scorer
 from rewardtune.scorer.judgement_rewards import rewards, sampled_tokens, text_levels
 from rewardtune.scorer.reasoning import Reasoner, load_reasoner
+from rewardtune.scorer.remote_rollouts import RemoteSampler
 from rewardtune.scorer.rollouts import RollOut
 from rewardtune.scorer.targets import Pair, read_pairs
 from rewardtune.scorer.trainable import trainable_scorer
@@ -33,7 +35,7 @@ class RewardGdso:
 
     def __init__(
         self, reasoner: Reasoner, *, pairs: Sequence[Pair], objective: GdsoSection, batch_size: int, seed: int,
-        base: str, held_out: Sequence[PreferenceGroup] = (),
+        base: str, held_out: Sequence[PreferenceGroup] = (), remote: RemoteSampler | None = None,
     ) -> None:  # fmt: skip
         if not pairs:
             raise DataError(
@@ -41,7 +43,7 @@ class RewardGdso:
                 "Rate several pictures of each prompt, or train with task: reward_sft."
             )
         self.reasoner, self.pairs, self.objective, self.held_out = reasoner, pairs, objective, held_out
-        self.batch_size, self.seed, self.base = batch_size, seed, base
+        self.batch_size, self.seed, self.base, self.remote = batch_size, seed, base, remote
         self.trainable: Mapping[str, nn.Module] = {"scorer": reasoner.scorer.model}
         self.reference = rollouts.Reference(self.trainable)
         self.drawn: dict[int, RollOut] = {}
@@ -57,7 +59,7 @@ class RewardGdso:
         if first not in self.drawn:
             # of another step, or of an earlier roll-out
             self.drawn = {at: r for at, r in self.drawn.items() if at >= number * self.batch_size}
-            self.drawn[first] = self._roll_out(range(first, first + len(indices)))
+            self.drawn[first] = self._roll_out(step, range(first, first + len(indices)))
         return self.drawn[first] if o.updates_per_rollout > 1 else self.drawn.pop(first)
 
     def step(self, batch: RollOut) -> StepOutput:
@@ -66,6 +68,8 @@ class RewardGdso:
         logits = read.logits.unflatten(0, batch.drawn.shape)
         means = logits.softmax(-1) @ scorer.levels.to(logits.dtype)
         loss, metrics = logits.new_zeros(()), rollouts.figures(batch, means.detach())
+        if self.remote is not None:
+            metrics |= {"rollout_dropped": batch.dropped, **rollouts.sampler_gap(batch, read)}
         if o.policy:
             fresh, parts = self._advantages(batch, logits.detach())
             advantages, metrics = fresh if batch.advantages is None else batch.advantages, {**metrics, **parts}
@@ -117,12 +121,13 @@ class RewardGdso:
         self.reference.weights = {k.removeprefix(mark): v.to(device) for k, v in tensors.items() if k.startswith(mark)}
         self.reference.iteration = (step - 1) // self.objective.reference_every
 
-    def _roll_out(self, indices: Sequence[int]) -> RollOut:
+    def _roll_out(self, step: int, indices: Sequence[int]) -> RollOut:
         o = self.objective
         pairs = [self.pairs[epoch_index(self.seed, "gdso/order", i, len(self.pairs))] for i in indices]
+        sample = self.reasoner.sample if self.remote is None else partial(self.remote.sample, step=step)
         out = rollouts.roll_out(
-            self.reasoner, pairs, indices, samples=o.group_size, seed=self.seed, temperature=o.temperature,
-            max_tokens=o.max_tokens, remembered=self.remembered,
+            self.reasoner, pairs, indices, sample=sample, samples=o.group_size, seed=self.seed,
+            temperature=o.temperature, max_tokens=o.max_tokens, remembered=self.remembered,
         )  # fmt: skip
         if o.policy and o.updates_per_rollout > 1 and out.old is None:
             # rewards and ratios are those of the policy that drew the traces, whatever the updates do to it
@@ -152,7 +157,10 @@ def build_reward_gdso(recipe: RewardGdsoRecipe, *, device: str) -> RewardGdso:
     scorer = trainable_scorer(recipe.scorer, train=recipe.train, device=device)
     pairs = read_pairs(recipe.data.records, scorer.rubric, target=o.target, preferences_in=o.preferences_in)
     held_out = read_records(recipe.data.held_out) if recipe.data.held_out else []
+    reasoner, remote = load_reasoner(scorer), None
+    if o.rollouts is not None:
+        remote = RemoteSampler(reasoner, Path(o.rollouts.adapters), **o.rollouts.server.model_dump())
     return RewardGdso(
-        load_reasoner(scorer), pairs=pairs, objective=o, batch_size=recipe.train.batch_size, seed=recipe.train.seed,
-        base=recipe.scorer.model, held_out=held_out,
+        reasoner, pairs=pairs, objective=o, batch_size=recipe.train.batch_size, seed=recipe.train.seed,
+        base=recipe.scorer.model, held_out=held_out, remote=remote,
     )  # fmt: skip

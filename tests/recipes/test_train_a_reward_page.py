@@ -42,8 +42,12 @@ def test_every_command_works_when_pasted(tmp_path: Path):
 def test_its_yaml_is_a_recipes():
     import yaml
 
-    from rewardtune.recipe.sections import RewardSection, TeacherSection
+    from rewardtune.recipe.sections import DanceSection, GdsoSection, RewardSection, ScorerSection, TeacherSection
 
-    teacher, rewards = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+    dance, rollouts, teacher, rewards = blocks
+    DanceSection.model_validate(dance["objective"])
+    ScorerSection.model_validate(rollouts["scorer"])
+    GdsoSection.model_validate(rollouts["objective"])
     TeacherSection.model_validate(teacher["teacher"])
     RewardSection.model_validate(rewards["rewards"][0])

@@ -1,0 +1,315 @@
+"""Many requests at once to one HTTP server: time limits, bounded retries, and errors that say what to do.
+
+Knows nothing of models. `server.py` asks a teacher for judgements through it, `remote_rollouts.py` for traces.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import json
+import math
+import os
+import queue
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import IO, Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
+
+from rewardtune.errors import DataError, RecipeError
+from rewardtune.randomness import choice
+
+T = TypeVar("T")
+Row = TypeVar("Row")
+
+FIRST_PAUSE = 1.0
+"""Seconds, as the next two. Ours, like the last one."""
+LONGEST_PAUSE = 30.0
+LONGEST_RETRY_AFTER = 60.0
+LARGEST_ANSWER = 16 * 2**20
+"""Bytes; a trace of 100,000 tokens is below one megabyte, and below ten with ids and log-probabilities."""
+ADDRESS = "give http://host:port/v1 or https://host/v1, without user or password"
+"""What `is_address` asks for."""
+
+
+@dataclass(frozen=True)
+class Unscorable:
+    """No answer, and why: to be dropped and counted, never to become a number."""
+
+    reason: str
+
+
+class Fault(Exception):
+    """An attempt failed; another may not."""
+
+    def __init__(self, reason: str, retry_after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+class Dropped(Exception):
+    """The row is unscorable, and another attempt would say the same."""
+
+
+class Refused(Exception):
+    """The server understood and said no (4xx but 408 and 429): a mistake of the recipe, which the caller explains."""
+
+    def __init__(self, status: int, said: str) -> None:
+        super().__init__(f"{status}: {said}")
+        self.status, self.said = status, said
+
+
+class Connection:
+    """What the threads of one call share.
+
+    url: up to and including `/v1`. key_variable: name of the environment variable that holds the key, None for a
+    server without one. timeout: seconds for one request. retries: further attempts after a failed one. sleep: waits
+    the given seconds. Raises RecipeError when the key is missing.
+    """
+
+    def __init__(
+        self, url: str, *, key_variable: str | None, timeout: float, retries: int, sleep: Callable[[float], None]
+    ) -> None:
+        self.base, self.key_variable = base(url), key_variable
+        self.timeout, self.retries, self.sleep = timeout, retries, sleep
+        self.stopped = threading.Event()
+        secret = _key(key_variable)
+        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {secret}"} if secret else {})
+        self.opener = urllib.request.build_opener(_NoRedirect)
+
+    def ask(self, url: str, body: dict[str, Any], read: Callable[[bytes], T], *, seed: int, step: str) -> T:
+        """What `read` makes of the answer; a Fault that it raises is tried again. seed, step: name the pauses' jitter.
+
+        Raises Dropped after the last attempt, Refused, and RecipeError for what no request to this server survives.
+        """
+        data, attempt = json.dumps(body).encode(), 0
+        while True:
+            if self.stopped.is_set():
+                raise Dropped("the call was given up")
+            try:
+                return read(self._post(url, data))
+            except Fault as fault:
+                if attempt == self.retries:
+                    raise Dropped(str(fault)) from None
+                jitter = 0.5 + choice(seed, f"server-pause/{step}", attempt).random()
+                pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * jitter
+                self.sleep(max(pause, min(fault.retry_after, LONGEST_RETRY_AFTER)))
+            attempt += 1
+
+    def models(self) -> list[str] | None:
+        """Names that the server says it serves; None where it does not say."""
+        try:
+            return [str(model["id"]) for model in json.loads(self._send(f"{self.base}/models"))["data"]]
+        except (Fault, OSError, http.client.HTTPException, ValueError, TypeError, KeyError):
+            return None
+
+    def no_access(self, refused: Refused) -> RecipeError:
+        """The error for a refusal with 401 or 403."""
+        variable = self.key_variable
+        hint = (
+            f"The key was read from the environment variable {variable}; put a valid one there."
+            if variable
+            else "Put the key into an environment variable and give the variable's name as key_variable."
+        )
+        return RecipeError(f"{self.base} refuses access ({refused}). {hint}")
+
+    def _post(self, url: str, data: bytes) -> bytes:
+        try:
+            return self._send(url, data)
+        except urllib.error.HTTPError as error:
+            self._refused(error)
+        except ssl.SSLCertVerificationError as error:
+            raise RecipeError(
+                f"{self.base}: the server's certificate is not trusted ({error.verify_message}). Install the "
+                "authority that signed it, or name its file in SSL_CERT_FILE."
+            ) from None
+        except TimeoutError:
+            raise Fault(f"no answer within {self.timeout:g} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise Fault(f"the connection failed ({str(error) or type(error).__name__})") from None
+
+    def _send(self, url: str, data: bytes | None = None) -> bytes:
+        """The body of the answer. The time limit covers all of it: a server may also send it by drops."""
+        end = time.monotonic() + self.timeout
+        request = urllib.request.Request(url, data=data, headers=self.headers)
+        try:
+            with self.opener.open(request, timeout=self.timeout) as answer:
+                parts, size = [], 0
+                while part := answer.read1(2**16):
+                    parts.append(part)
+                    size += len(part)
+                    if size > LARGEST_ANSWER:
+                        raise Fault(f"the answer is longer than {LARGEST_ANSWER} bytes")
+                    if time.monotonic() > end:
+                        raise TimeoutError
+                return b"".join(parts)
+        except urllib.error.HTTPError:
+            raise
+        except urllib.error.URLError as error:
+            # urllib wraps what happens before the answer's first line, and only that
+            raise error.reason if isinstance(error.reason, OSError) else error from None
+
+    def _refused(self, error: urllib.error.HTTPError) -> NoReturn:
+        with error:
+            said = _said(error)
+        status = error.code
+        if status in (408, 429) or status >= 500:
+            raise Fault(f"the server answered {status}: {said}", _retry_after(error.headers.get("Retry-After")))
+        if 300 <= status < 400:
+            raise RecipeError(
+                f"{self.base} redirects to {error.headers.get('Location')}; give the address itself as url."
+            )
+        raise Refused(status, said)
+
+
+def ask_all(
+    connection: Connection,
+    rows: Iterable[Row],
+    ask: Callable[[Row], T | Unscorable],
+    *,
+    total: int,
+    concurrency: int,
+    share: float,
+    noun: str,
+    hint: str,
+) -> list[T | Unscorable]:
+    """The answers to `total` rows, in their order, from `concurrency` threads. Rows are taken only a little ahead.
+
+    share: most of the rows that may be lost; as soon as more are, DataError says why, with `noun` and `hint`. What
+    `ask` raises ends the call.
+    """
+    answers: dict[int, T | Unscorable] = {}
+    reasons: Counter[str] = Counter()
+    todo: queue.SimpleQueue[tuple[int, Row] | None] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[int, T | Unscorable | BaseException]] = queue.SimpleQueue()
+
+    def work() -> None:
+        while (item := todo.get()) is not None and not connection.stopped.is_set():
+            place, row = item
+            try:
+                done.put((place, ask(row)))
+            except BaseException as error:  # `take` raises it again; nobody is to ask on, or to overtake it
+                done.put((place, error))
+                connection.stopped.set()
+
+    def take() -> None:
+        place, answer = done.get()
+        if isinstance(answer, BaseException):
+            raise answer
+        answers[place] = answer
+        if isinstance(answer, Unscorable):
+            reasons[answer.reason] += 1
+            if reasons.total() > share * total:
+                commonest = "; ".join(f"{reason} ({count} times)" for reason, count in reasons.most_common(3))
+                raise DataError(
+                    f"{connection.base}: {reasons.total()} of the first {len(answers)} {noun} ({total} were asked for) "
+                    f"are unscorable, more than the {share:.0%} allowed: {commonest}. {hint}"
+                )
+
+    threads, waiting = min(concurrency, total), 0
+    for _ in range(threads):
+        # daemons, so that an interrupted program need not wait for a trace that may take minutes
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for item in enumerate(rows):
+            if waiting == 2 * threads:
+                take()
+                waiting -= 1
+            todo.put(item)
+            waiting += 1
+        for _ in range(waiting):
+            take()
+    finally:
+        connection.stopped.set()
+        for _ in range(threads):
+            todo.put(None)
+    return [answers[place] for place in range(total)]
+
+
+def base(url: str) -> str:
+    """The url with one `/v1` at its end."""
+    start = url.rstrip("/").removesuffix("/chat/completions")
+    return start if start.endswith("/v1") else f"{start}/v1"
+
+
+def is_address(url: str) -> bool:
+    """Whether a url can be asked: http or https, a host, no password, nothing behind the path."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # only here are other ports than numbers found out
+    except ValueError:
+        return False
+    # a password in a url would end up in logs
+    whole = parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
+    return whole and not (parts.query or parts.fragment) and url.isascii() and not any(c.isspace() for c in url)
+
+
+def json_object(raw: bytes) -> dict[str, Any]:
+    """The object of an answer. Raises Fault where there is none."""
+    try:
+        answer = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise Fault("the answer is not JSON, or cut off") from None
+    if not isinstance(answer, dict):
+        raise Fault("the answer is not a JSON object")
+    return answer
+
+
+def first_choice(answer: dict[str, Any]) -> dict[str, Any]:
+    """The first of the answer's choices. Raises Fault where there is none."""
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise Fault("the answer has no choices")
+    return choices[0]
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        # the key would go along, to wherever the answer says
+        return None
+
+
+def _said(error: IO[bytes]) -> str:
+    """The server's message: vLLM's and OpenAI's `error.message`, older vLLM's `message`, FastAPI's `detail`."""
+    try:
+        text = error.read(2**16).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return "no message"
+    try:
+        document = json.loads(text)
+        inner = document.get("error", document)
+        text = str(inner.get("message") or inner.get("detail") or text)
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    return " ".join(text.split())[:300] or "no message"
+
+
+def _retry_after(value: str | None) -> float:
+    """Seconds of a Retry-After header, which may also be a date; 0 when there is none or it is neither."""
+    try:
+        seconds = float(value or 0)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value or "").timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return max(0.0, seconds) if math.isfinite(seconds) else 0.0
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    found = os.environ.get(variable, "").strip()
+    # what is not printable ASCII cannot stand in a header, and http.client's message would show the key
+    if not found or not found.isascii() or not found.isprintable():
+        raise RecipeError(
+            f"the environment variable {variable}, named by key_variable, is {'not set' if not found else 'no key'}. "
+            "Put the server's key into it, or leave key_variable out for a server without keys."
+        )
+    return found
