@@ -12,13 +12,14 @@ import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rewardtune.errors import DataError, NonFiniteError
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
     from torch import Tensor
 
@@ -79,6 +80,11 @@ def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
         raise DataError(f"pictures of one batch must have one size; there are {sorted(sizes)} (width, height).")
     pixels = np.stack([np.asarray(p.convert("RGB")) for p in pictures])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 255.0
+
+
+def read_tensors(paths: Iterable[Path], *, device: torch.device | str = "cpu") -> list[Tensor]:
+    """Picture files, each of its own size -> tensors (3, H, W), float32 in [0, 1]. Raises as `open_image`."""
+    return [to_tensor([open_image(path)])[0].to(device) for path in paths]
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

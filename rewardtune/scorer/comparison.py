@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewardtune.data.images import open_image, to_tensor
+from rewardtune.data.images import read_tensors
 from rewardtune.scorer.explanations import explanation_ids, explanation_log_probs
 from rewardtune.scorer.model import Scorer
 from rewardtune.scorer.rubric import ComparisonReading, comparison_reading
@@ -129,7 +129,7 @@ def load_comparer(scorer: Scorer) -> Comparer:
 def ask(scorer: Scorer, pairs: Sequence[Pair]) -> tuple[list[Tensor], list[PairQuestion]]:
     """The pictures of some pairs, each once, and whether the better one of each pair is better."""
     paths = list(dict.fromkeys(path for pair in pairs for path in pair.images))
-    images = [to_tensor([open_image(path)])[0].to(scorer.device) for path in paths]
+    images = read_tensors(paths, device=scorer.device)
     places = [[paths.index(path) for path in pair.images] for pair in pairs]
     return images, [
         PairQuestion(won, lost, pair.prompt, pair.dimension) for pair, (won, lost) in zip(pairs, places, strict=True)

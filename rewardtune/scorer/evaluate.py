@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rewardtune.data.images import open_image, to_tensor
+from rewardtune.data.images import read_tensors
 from rewardtune.data.records import PreferenceGroup, read_records
 from rewardtune.errors import DataError
 from rewardtune.progress import Progress
@@ -186,7 +186,7 @@ def _one_pass(scorer: Scorer, pictures: Sequence[tuple[Path, str]], batch_size: 
     parts = []
     for start in range(0, len(pictures), batch_size):
         batch = pictures[start : start + batch_size]
-        images = [to_tensor([open_image(path)])[0].to(scorer.device) for path, _ in batch]
+        images = read_tensors((path for path, _ in batch), device=scorer.device)
         parts.append(scorer.distribution(images, [prompt for _, prompt in batch]).double().cpu())
     return np.asarray(torch.cat(parts))
 
@@ -201,7 +201,7 @@ def _reason(
     parts, said = [], 0
     for start in range(0, len(pictures), batch_size):
         batch = pictures[start : start + batch_size]
-        images = [to_tensor([open_image(path)])[0].to(scorer.device) for path, _ in batch]
+        images = read_tensors((path for path, _ in batch), device=scorer.device)
         sampled, shares = reasoner.every_dimension(
             images, [prompt for _, prompt in batch], traces=traces,
             stream=(0, "evaluate"), places=range(start, start + len(batch)),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewardtune.data.images import open_image, to_tensor
+from rewardtune.data.images import read_tensors
 from rewardtune.diffusion import lora
 from rewardtune.errors import CheckFailed
 from rewardtune.scorer.model import Scorer, load_scorer, save_scorer
@@ -64,7 +64,7 @@ def export_scorer(
     save_scorer(written, folder)
     facts = {**provenance, "base": base, "dtype": str(scorer.stored_dtype).removeprefix("torch.")}
     _stamp(folder, facts)
-    images = [to_tensor([open_image(path)])[0].to(scorer.device) for path, _ in probe]
+    images = read_tensors((path for path, _ in probe), device=scorer.device)
     prompts = [prompt for _, prompt in probe]
     wanted = replace(written, model=written.model.to(torch.float32)).distribution(images, prompts)
     fresh = load_scorer(folder, device=scorer.device)

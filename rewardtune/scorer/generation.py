@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
+
+from rewardtune.training import shard
 
 
 @dataclass(frozen=True)
@@ -121,18 +122,10 @@ def write(model: Any, start: Start, draft: Draft, rows: Tensor) -> None:
     while True:
         token = draft.next(rows, F.linear(start.hidden, weight).float(), step)
         unfinished = draft.unfinished(rows)
-        if not _anywhere(unfinished.any(), model):
+        if not shard.anywhere(unfinished.any(), model):
             return
         if unfinished.sum() * 2 <= len(rows):
             # one that is finished stays where only other processes have work left
             keep = unfinished.nonzero()[:, 0] if unfinished.any() else rows.new_zeros(1)
             start, rows, token = start.rows(keep), rows[keep], token[keep]
         start, step = start.read(model, token[:, None]), step + 1
-
-
-def _anywhere(here: Tensor, model: Any) -> bool:
-    if isinstance(model, FSDPModule):
-        flag = here.int()
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return bool(flag)
-    return bool(here)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rewardtune.data.images import open_image, to_tensor
+from rewardtune.data.images import read_tensors
 from rewardtune.errors import DataError
 from rewardtune.randomness import generator
 from rewardtune.scorer.reasoning import Judgements, Question, Reasoner, Trace
@@ -68,7 +68,7 @@ Sample = Callable[..., Sequence[Trace | None]]
 def ask(reasoner: Reasoner, pairs: Sequence[Pair], *, samples: int) -> tuple[list[Tensor], list[Question]]:
     """The pictures of some pairs, each once, and a question for every sample of every side."""
     paths = list(dict.fromkeys(path for pair in pairs for path in pair.images))
-    images = [to_tensor([open_image(path)])[0].to(reasoner.scorer.device) for path in paths]
+    images = read_tensors(paths, device=reasoner.scorer.device)
     questions = [
         Question(paths.index(path), pair.prompt, pair.dimension)
         for pair in pairs for path in pair.images for _ in range(samples)

@@ -20,7 +20,7 @@ from torch import Tensor
 from rewardtune.diffusion import lora
 from rewardtune.errors import DataError, DiskError, RecipeError, RewardTuneError
 from rewardtune.scorer.connection import Connection, Dropped, Refused
-from rewardtune.training import shard
+from rewardtune.training import runtime, shard
 
 NAME = "rewardtune"
 START = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank {rank} --enable-scale-out"
@@ -75,7 +75,7 @@ def _weights(model: torch.nn.Module) -> dict[str, Tensor]:
         f"base_model.model.{name.replace(mark, '.')}": parameter.detach()
         for name, parameter in model.named_parameters() if parameter.requires_grad
     }  # fmt: skip
-    return shard.gathered(trained, keep=_rank() == 0)
+    return shard.gathered(trained, keep=runtime.process()[0] == 0)
 
 
 def _write(folder: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -118,21 +118,16 @@ def _not_loaded(line: Connection, refused: Refused, rank: int) -> RecipeError:
     return RecipeError(f"{line.base} refuses the adapter ({refused}). Start it so: {START.format(rank=rank)}")
 
 
-def _rank() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return 0
-
-
 def _in_main_process(action: Callable[[], str]) -> str:
     """What `action` returns in the main process, or raises there, in every process; the others wait."""
     found: list[str | RewardTuneError | None] = [None]
-    if _rank() == 0:
+    rank, world = runtime.process()
+    if rank == 0:
         try:
             found = [action()]
         except RewardTuneError as error:
             found = [error]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if world > 1:
         torch.distributed.broadcast_object_list(found, src=0)
     (name,) = found
     if isinstance(name, RewardTuneError):

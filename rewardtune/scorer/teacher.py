@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardtune.data.images import open_image, to_tensor
+from rewardtune.data.images import open_image, read_tensors
 from rewardtune.errors import RecipeError
 from rewardtune.recipe.sections import TeacherSection
 from rewardtune.scorer import traces
@@ -23,6 +23,7 @@ from rewardtune.scorer.reasoning import Reasoner, load_reasoner
 from rewardtune.scorer.rubric import Rubric, filled, load_rubric
 from rewardtune.scorer.server import Conversation, Judgement, ServerJudge
 from rewardtune.scorer.traces import Item, Row
+from rewardtune.training import runtime
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Teacher:
     @torch.no_grad()
     def rows(self, places: Sequence[int], items: Sequence[Item]) -> list[Row]:
         """What the journal holds of each item; the randomness is keyed by the item's place."""
-        images = [to_tensor([open_image(path)])[0].to(self.scorer.device) for path, _ in items]
+        images = read_tensors((path for path, _ in items), device=self.scorer.device)
         prompts = [prompt for _, prompt in items]
         count = len(self.scorer.dimensions)
         if self.reasoner is None:
@@ -150,7 +151,7 @@ def judgements(
              "temperature": section.temperature, "max_tokens": section.max_tokens, "seed": seed,
              "rubric": json.loads(rubric.model_dump_json(exclude={"comparison"}))}  # fmt: skip
     folder = Path(section.cache)
-    rank, world = _process()
+    rank, world = runtime.process()
     traces.fill(folder, items, teacher.rows, asked=asked, batch_size=section.batch_size, rank=rank, world=world)
     if world > 1:
         torch.distributed.barrier()
@@ -180,9 +181,3 @@ def _fingerprint(scorer: Scorer) -> str:
     for name, value in scorer.model.state_dict().items():
         total.update(f"{name} {tuple(value.shape)} {float(value.double().sum()):.17g}".encode())
     return total.hexdigest()
-
-
-def _process() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

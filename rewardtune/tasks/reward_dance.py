@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rewardtune.data.images import open_image, to_tensor
+from rewardtune.data.images import read_tensors
 from rewardtune.data.records import PreferenceGroup, read_records
 from rewardtune.errors import DataError
 from rewardtune.randomness import epoch_index
@@ -60,7 +60,7 @@ class RewardDance:
 
     def step(self, batch: list[Row]) -> StepOutput:
         scorer, model = self.scorer, self._model
-        patches, grid = patchify([to_tensor([open_image(r.image)])[0] for r in batch], scorer.geometry)
+        patches, grid = patchify(read_tensors(r.image for r in batch), scorer.geometry)
         counts = (grid[:, 1] * grid[:, 2] // scorer.geometry.merge**2).tolist()
         asked = [scorer.tokens(scorer.reading.frame, r.prompt, n) for r, n in zip(batch, counts, strict=True)]
         told = [explanation_ids(scorer, row.explanation) for row in batch]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rewardtune.data.images import open_image, to_tensor
+from rewardtune.data.images import read_tensors
 from rewardtune.data.records import PreferenceGroup, read_records
 from rewardtune.errors import DataError, RecipeError
 from rewardtune.randomness import epoch_index, generator
@@ -65,7 +65,7 @@ class RewardOpd:
         count, samples = len(self.student.scorer.dimensions), self.objective.samples
         chosen = [divmod(epoch_index(self.seed, "opd/order", i, len(self.items) * count), count) for i in indices]
         device = self.student.scorer.device
-        images = [to_tensor([open_image(self.items[i][0])])[0].to(device) for i, _ in chosen]
+        images = read_tensors((self.items[i][0] for i, _ in chosen), device=device)
         questions = [Question(n, self.items[i][1], d) for n, (i, d) in enumerate(chosen) for _ in range(samples)]
         names = [(index, sample) for index in indices for sample in range(samples)]
         traces = self.student.sample(

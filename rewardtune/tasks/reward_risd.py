@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rewardtune.data.images import open_image, to_tensor
+from rewardtune.data.images import read_tensors
 from rewardtune.data.records import PreferenceGroup, read_records
 from rewardtune.errors import DataError
 from rewardtune.randomness import epoch_index
@@ -55,7 +55,7 @@ class RewardRisd:
     def batch(self, step: int, indices: Sequence[int]) -> Batch:
         chosen = [epoch_index(self.seed, "risd/order", i, len(self.items)) for i in indices]
         device = self.scorer.device
-        images = [to_tensor([open_image(self.items[i][0])])[0].to(device) for i in chosen]
+        images = read_tensors((self.items[i][0] for i in chosen), device=device)
         teacher = self.judge(indices, chosen).to(device)
         return Batch(images, [self.items[i][1] for i in chosen], teacher, self.labels[chosen].to(device))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rewardtune.data.images import open_image, to_tensor
+from rewardtune.data.images import read_tensors
 from rewardtune.data.records import PreferenceGroup, RatedImage, read_records
 from rewardtune.errors import DataError
 from rewardtune.randomness import epoch_index
@@ -65,7 +65,7 @@ class RewardSft:
 
     def batch(self, step: int, indices: Sequence[int]) -> Batch:
         rows = [self.rows[epoch_index(self.seed, "reward_sft/order", i, len(self.rows))] for i in indices]
-        images = [to_tensor([open_image(row.image)])[0].to(self.scorer.device) for row in rows]
+        images = read_tensors((row.image for row in rows), device=self.scorer.device)
         target = torch.stack([row.target for row in rows]).to(self.scorer.device)
         return Batch(images, [row.prompt for row in rows], target)
 

@@ -108,9 +108,20 @@ def _keep_freed_memory() -> None:
     mallopt(mmap_max, 0)
 
 
+def process() -> tuple[int, int]:
+    """Rank of this process and the number of processes, also where no `Runtime` is at hand."""
+    if _grouped():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _grouped() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def finish() -> None:
     """Leave the process group, if there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _grouped():
         torch.distributed.destroy_process_group()
 
 

@@ -129,6 +129,14 @@ def alike(tensor: Tensor, like: Tensor) -> Tensor:
     return held(like, full) if isinstance(like, DTensor) else full
 
 
+def anywhere(here: Tensor, module: nn.Module) -> bool:
+    """Whether a flag is set in any process, where the module is split; all processes must call this. Else, here."""
+    flag = here.int()
+    if isinstance(module, FSDPModule):
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
 def local(tensor: Tensor) -> Tensor:
     """The numbers that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
