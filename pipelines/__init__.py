@@ -1,5 +1,6 @@
 """Families of text-to-image pipelines. To add one: `pipelines/<family>.py` after `plugins.Pipeline`, and a row here."""
 
 TABLE = {
+    "stable_diffusion": "rewardtune.pipelines.stable_diffusion:StableDiffusion",
     "z_image": "rewardtune.pipelines.z_image:ZImage",
 }

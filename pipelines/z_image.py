@@ -28,6 +28,7 @@ class ZImage:
     """See `plugins.Pipeline`."""
 
     family = "z_image"
+    denoiser = "transformer"
 
     class Config(Options):
         """Options of the family."""
@@ -55,6 +56,7 @@ class ZImage:
         # diffusers' own default is 1024; a checkpoint trained at another size says so in its VAE's config
         side = pipe.vae.config.sample_size
         self.image_size = (1024, 1024) if side in (None, 32) else (side, side)
+        self.size_multiple = pipe.vae_scale_factor * 2
         self.trainable = {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}
         self.lora_targets = {
             "transformer": [
@@ -68,6 +70,11 @@ class ZImage:
             ],
             "text_encoder": ["q_proj", "k_proj", "v_proj", "o_proj"],
         }
+
+    def call(self, guidance: Guidance) -> dict[str, Any]:
+        scale = guidance.scale if _guided(guidance) else 0.0
+        negative = {"negative_prompt": guidance.negative_prompt} if guidance.negative_prompt else {}
+        return {"guidance_scale": scale, **negative, "max_sequence_length": self.options.max_sequence_length}
 
     def encode(self, prompts: Sequence[str], guidance: Guidance) -> Conditioning:
         guided = _guided(guidance)

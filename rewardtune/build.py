@@ -17,6 +17,7 @@ from rewardtune.data.records import read_captioned_images, read_prompts
 from rewardtune.data.references import resolve
 from rewardtune.diffusion import export, lora
 from rewardtune.diffusion.rollout import sample
+from rewardtune.diffusion.schedulers import check_deterministic
 from rewardtune.errors import PluginError, RecipeError
 from rewardtune.plugins import Guidance, Pipeline
 from rewardtune.randomness import generator
@@ -30,6 +31,7 @@ from rewardtune.recipe.sections import (
     RewardRisdRecipe,
     RewardSection,
     RewardSftRecipe,
+    RolloutSection,
     SampleSection,
     SftRecipe,
 )
@@ -67,7 +69,8 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
     pipeline = load_pipeline(recipe.pipeline, device=device)
     trainable = _trainable(pipeline, recipe)
     if recipe.train.compile:
-        pipeline.pipe.transformer.compile_repeated_blocks()
+        denoiser: Any = pipeline.trainable[pipeline.denoiser]
+        denoiser.compile_repeated_blocks()
     samples = _sampler(pipeline, recipe.samples)
     exporter = _exporter(pipeline, recipe)
     if isinstance(recipe, SftRecipe):
@@ -83,6 +86,7 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
             samples=samples,
             export=exporter,
         )
+    check_deterministic(pipeline.scheduler)
     rollout = recipe.rollout
     settings = recipe.gradient.model_dump(exclude={"method"})
     method = gradients.load_method(recipe.gradient.method)
@@ -93,8 +97,8 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
         rewards=RewardSet([build_term(r, device=device) for r in recipe.rewards]),
         method=lambda chain, noise, rng: method(chain, noise, rng, **settings),
         num_steps=rollout.steps,
-        guidance=Guidance(rollout.guidance, rollout.guidance_scale, rollout.negative_prompt),
-        size=(rollout.height or pipeline.image_size[0], rollout.width or pipeline.image_size[1]),
+        guidance=Guidance(rollout.guidance, rollout.guidance_scale, rollout.negative_prompt, rollout.embedded_guidance),
+        size=_size(pipeline, rollout),
         seed=recipe.train.seed,
         augmentation=Augmentation(**recipe.augment.model_dump()) if recipe.augment else None,
         samples=samples,
@@ -175,13 +179,14 @@ def _trainable(pipeline: Pipeline, recipe: SftRecipe | DirectRewardRecipe) -> di
     """The modules that hold what is trained: adapters attached, or whole modules thawed."""
     section = recipe.lora or recipe.full
     assert section is not None
-    unknown = [name for name in section.modules if name not in pipeline.trainable]
+    names = section.modules or [pipeline.denoiser]
+    unknown = [name for name in names if name not in pipeline.trainable]
     if unknown:
         raise RecipeError(
             f"{', '.join(unknown)} cannot be trained in the family {pipeline.family!r}; "
             f"it offers: {', '.join(pipeline.trainable)}."
         )
-    modules = {name: pipeline.trainable[name] for name in section.modules}
+    modules = {name: pipeline.trainable[name] for name in names}
     if recipe.lora is not None:
         loadable = pipeline.pipe._lora_loadable_modules
         if not set(modules) <= set(loadable):
@@ -206,12 +211,26 @@ def _trainable(pipeline: Pipeline, recipe: SftRecipe | DirectRewardRecipe) -> di
     return modules
 
 
+def _size(pipeline: Pipeline, rollout: RolloutSection) -> tuple[int, int]:
+    """Height and width of a roll-out. Raises RecipeError for a size that the family refuses or rounds."""
+    size = (rollout.height or pipeline.image_size[0], rollout.width or pipeline.image_size[1])
+    for name, pixels in zip(("height", "width"), size, strict=True):
+        if pixels % pipeline.size_multiple:
+            raise RecipeError(
+                f"rollout.{name}: {pixels} pixels do not fit the family {pipeline.family!r}, whose images are "
+                f"multiples of {pipeline.size_multiple} high and wide. The nearest are "
+                f"{max(pixels // pipeline.size_multiple, 1) * pipeline.size_multiple} and "
+                f"{(pixels // pipeline.size_multiple + 1) * pipeline.size_multiple}."
+            )
+    return size
+
+
 def _sampler(pipeline: Pipeline, section: SampleSection) -> Callable[[], Tensor | None]:
     def samples() -> Tensor | None:
         if not section.prompts:
             return None
         generators = [generator(section.seed, "samples", i) for i in range(len(section.prompts))]
-        guidance = Guidance("full", section.guidance_scale)
+        guidance = Guidance("full", section.guidance_scale, embedded=section.embedded_guidance)
         return sample(pipeline, section.prompts, generators, num_steps=section.steps, guidance=guidance)
 
     return samples
@@ -220,7 +239,8 @@ def _sampler(pipeline: Pipeline, section: SampleSection) -> Callable[[], Tensor 
 def _exporter(pipeline: Pipeline, recipe: SftRecipe | DirectRewardRecipe) -> Callable[[Path, Mapping[str, str]], None]:
     def run(folder: Path, provenance: Mapping[str, str]) -> None:
         if recipe.lora is not None:
-            export.lora(pipeline, recipe.lora.modules, folder, provenance, base=recipe.pipeline.model)
+            modules = recipe.lora.modules or [pipeline.denoiser]
+            export.lora(pipeline, modules, folder, provenance, base=recipe.pipeline.model)
         else:
             export.pipeline(pipeline, folder, provenance, base=recipe.pipeline.model)
 

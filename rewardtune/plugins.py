@@ -77,12 +77,15 @@ class Guidance:
     """Classifier-free guidance during a roll-out.
 
     mode `full`: gradient through both branches; `detached-negative`: the negative branch runs without gradient;
-    `off`: one branch, `scale` unused. `scale` means what the family's own pipeline means by `guidance_scale`.
+    `off`: one branch, `scale` unused. `scale` means what the family's own pipeline means by the scale of its
+    classifier-free guidance (`guidance_scale`, or `true_cfg_scale` where that one is embedded). `embedded`: the
+    guidance that a distilled denoiser takes as an input; the family's own default when None, unused elsewhere.
     """
 
     mode: GuidanceMode = "full"
     scale: float = 0.0
     negative_prompt: str = ""
+    embedded: float | None = None
 
 
 class Pipeline(Protocol):
@@ -98,19 +101,28 @@ class Pipeline(Protocol):
     """The diffusers pipeline itself; its modules are the ones trained."""
     scheduler: Any
     """The checkpoint's own scheduler."""
+    denoiser: str
+    """Which of `trainable` predicts: transformer, or unet."""
     image_size: tuple[int, int]
     """Height and width that a recipe gets when it names none."""
+    size_multiple: int
+    """What height and width must be multiples of."""
     trainable: Mapping[str, nn.Module]
     """Name in `model_index.json` -> module that may be trained, e.g. transformer, text_encoder."""
     lora_targets: Mapping[str, Sequence[str]]
     """For each trainable module: names of the linear layers that LoRA adapts by default."""
+
+    def call(self, guidance: Guidance) -> dict[str, Any]:
+        """The keyword arguments with which `pipe(...)` samples alike: guidance, and the family's options."""
+        ...
 
     def encode(self, prompts: Sequence[str], guidance: Guidance) -> Any:
         """Prompts -> conditioning, opaque to the engine. Carries gradient where a text encoder is trained."""
         ...
 
     def noise(self, generators: Sequence[torch.Generator], size: tuple[int, int]) -> Tensor:
-        """One generator an image -> starting latents (B, ...), equal to what `pipe(generator=[...])` draws."""
+        """One generator an image -> standard normal latents (B, ...), equal to what `pipe(generator=[...])` draws
+        before its scheduler scales them."""
         ...
 
     def timesteps(self, num_steps: int, size: tuple[int, int]) -> tuple[Any, Tensor]:
@@ -120,7 +132,8 @@ class Pipeline(Protocol):
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Any, guidance: Guidance) -> Tensor:
         """The denoiser's output after guidance, in the sign and parameterisation that `scheduler.step` takes.
 
-        `timestep`: scalar, or (B,) for training at mixed noise levels.
+        `latents`: as the denoiser takes them, so after `scheduler.scale_model_input`. `timestep`: scalar, or (B,) for
+        training at mixed noise levels.
         """
         ...
 

@@ -7,28 +7,18 @@ import torch
 
 def z_image(seed: int = 0):
     """A ZImagePipeline of about 60 thousand parameters: 16 x 16 pixels, 4 latent channels, word tokenizer."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
 
     torch.manual_seed(seed)
-    text = "a dog red cat on the left of two birds and one very long prompt"
-    words = ["<pad>", "<unk>", *sorted(set(text.split()))]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
-    tokenizer.chat_template = "{% for m in messages %}a {{ m['content'] }}{% endfor %}"
+    tokenizer = words(chat_template="{% for m in messages %}a {{ m['content'] }}{% endfor %}")
     text = Qwen3Config(
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
     )  # fmt: skip
     pipe = ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=AutoencoderKL(
-            latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4, mid_block_add_attention=False,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            layers_per_block=1, sample_size=16, scaling_factor=0.6, shift_factor=0.1,
-        ),
+        vae=autoencoder(scaling_factor=0.6, shift_factor=0.1),
         text_encoder=Qwen3Model(text),
         tokenizer=tokenizer,
         transformer=ZImageTransformer2DModel(
@@ -36,12 +26,68 @@ def z_image(seed: int = 0):
             n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 4, 4], axes_lens=[512, 32, 32],
         ),
     )  # fmt: skip
-    # the final layer starts at zero, which would hide every mistake behind it
-    with torch.no_grad():
-        for parameter in pipe.transformer.parameters():
-            if not parameter.any():
-                parameter.normal_(0, 0.2)
+    return ready(pipe)
+
+
+def stable_diffusion(scheduler):
+    """A StableDiffusionPipeline of about 60 thousand parameters: 16 x 16 pixels, 4 latent channels."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=2, eos_token_id=3, pad_token_id=0, projection_dim=16,
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        vae=autoencoder(scaling_factor=0.6),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=words(length=16),
+        unet=UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+            norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=16, attention_head_dim=4,
+        ),
+        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    return ready(pipe)
+
+
+def words(*, length: int = 512, chat_template: str | None = None):
+    """A tokenizer of whole words: `<s> words </s>`, padded on the right."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    text = "a dog red cat on the left of two birds and one very long prompt"
+    vocabulary = ["<pad>", "<unk>", "<s>", "</s>", *sorted(set(text.split()))]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if chat_template is None:
+        core.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 2), ("</s>", 3)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        model_max_length=length, chat_template=chat_template, padding_side="right",
+    )  # fmt: skip
+
+
+def autoencoder(**config):
+    """An AutoencoderKL that halves the sides, 4 latent channels."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4, mid_block_add_attention=False,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1, sample_size=16, **config,
+    )  # fmt: skip
+
+
+def ready(pipe):
+    """Frozen, in eval mode, without progress bars, and no layer at zero, which would hide every mistake behind it."""
     pipe.set_progress_bar_config(disable=True)
-    for component in (pipe.vae, pipe.text_encoder, pipe.transformer):
-        component.eval().requires_grad_(False)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+            for parameter in component.parameters():
+                if not parameter.any():
+                    parameter.normal_(0, 0.2)
     return pipe

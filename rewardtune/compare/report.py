@@ -105,6 +105,7 @@ def summarise(
         "sampling": {
             "steps": plan.steps,
             "guidance_scale": plan.guidance_scale,
+            **({} if plan.embedded_guidance is None else {"embedded_guidance": plan.embedded_guidance}),
             "batch_size": plan.batch_size,
             "size": plan.size,
         },

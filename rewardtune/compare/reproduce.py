@@ -51,7 +51,6 @@ def draw(side: str) -> int:
             prompt=[image["prompt"] for image in batch],
             generator=[torch.Generator().manual_seed(image["seed"]) for image in batch],
             num_inference_steps=sampling["num_inference_steps"],
-            guidance_scale=sampling["guidance_scale"],
             **record["call"],
         ).images
         for image, picture in zip(batch, pictures, strict=True):

@@ -130,6 +130,7 @@ def _merge(folder: Path | None, votes: Sequence[str | Path]) -> Report:
             seeds=document["seeds"],
             steps=sampling["steps"],
             guidance_scale=sampling["guidance_scale"],
+            embedded_guidance=sampling.get("embedded_guidance"),
             batch_size=sampling["batch_size"],
             size=tuple(sampling["size"]) if sampling["size"] else None,
         )
@@ -168,6 +169,7 @@ def _plan(defaults: CompareSection, *, prompts: str | Path | None, seeds: int | 
         seeds=seeds,
         steps=defaults.steps,
         guidance_scale=defaults.guidance_scale,
+        embedded_guidance=defaults.embedded_guidance,
         batch_size=defaults.batch_size,
     )
 

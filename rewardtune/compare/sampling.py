@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import io
 import json
 import os
@@ -38,9 +37,15 @@ class Plan:
     seeds: int = 2
     steps: int = 20
     guidance_scale: float = 4.0
+    embedded_guidance: float | None = None
     batch_size: int = 4
     size: tuple[int, int] | None = None
     """Height and width; the pipeline's own when None."""
+
+    @property
+    def guidance(self) -> Guidance:
+        """As `rewardtune.plugins` has it."""
+        return Guidance("full", self.guidance_scale, embedded=self.embedded_guidance)
 
     @property
     def items(self) -> list[tuple[int, int]]:
@@ -96,7 +101,7 @@ def _draw(
     from rewardtune.diffusion.rollout import sample
 
     size = plan.size or pipeline.image_size
-    record = {**_fingerprint(side, plan, device), **_provenance(pipeline, side, folder, size)}
+    record = {**_fingerprint(side, plan, device), **_provenance(pipeline, side, folder, size, plan.guidance)}
     _write_record(folder, record)
     for batch in batches:
         images = sample(
@@ -104,7 +109,7 @@ def _draw(
             [str(plan.prompts[p]) for p, _ in batch],
             [torch.Generator().manual_seed(image_seed(p, k)) for p, k in batch],
             num_steps=plan.steps,
-            guidance=Guidance("full", plan.guidance_scale),
+            guidance=plan.guidance,
             size=size,
         )
         for (p, k), picture in zip(batch, to_pil(images), strict=True):
@@ -150,6 +155,7 @@ def _fingerprint(side: Side, plan: Plan, device: str) -> dict[str, Any]:
         "sampling": {
             "num_inference_steps": plan.steps,
             "guidance_scale": plan.guidance_scale,
+            **({} if plan.embedded_guidance is None else {"embedded_guidance": plan.embedded_guidance}),
             "batch_size": plan.batch_size,
             "size": plan.size,
             "device": device,
@@ -162,13 +168,13 @@ def _fingerprint(side: Side, plan: Plan, device: str) -> dict[str, Any]:
     }
 
 
-def _provenance(pipeline: Pipeline, side: Side, folder: Path, size: tuple[int, int]) -> dict[str, Any]:
+def _provenance(
+    pipeline: Pipeline, side: Side, folder: Path, size: tuple[int, int], guidance: Guidance
+) -> dict[str, Any]:
     """What the script needs beside the fingerprint."""
     from rewardtune.data.references import resolve
 
     path = resolve(side.pipeline.model)
-    options = getattr(pipeline, "options", None)
-    accepted = inspect.signature(type(pipeline.pipe).__call__).parameters
     return {
         "side": side.name,
         "given": side.given,
@@ -179,11 +185,7 @@ def _provenance(pipeline: Pipeline, side: Side, folder: Path, size: tuple[int, i
         },
         # relative to this folder, so that a run folder can be moved as a whole
         "lora": os.path.relpath(side.lora.resolve(), folder.resolve()) if side.lora else None,
-        "call": {
-            "height": size[0],
-            "width": size[1],
-            **{k: v for k, v in (options.model_dump() if options is not None else {}).items() if k in accepted},
-        },
+        "call": {"height": size[0], "width": size[1], **pipeline.call(guidance)},
         "python": platform.python_version(),
     }
 

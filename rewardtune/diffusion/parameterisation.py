@@ -15,20 +15,39 @@ from rewardtune.errors import RecipeError
 
 def is_flow(scheduler: Any) -> bool:
     """True for flow matching: x_sigma = (1 - sigma) x0 + sigma noise, prediction noise - x0."""
-    return "FlowMatch" in type(scheduler).__name__
+    flow_sigmas = (
+        scheduler.config.get("use_flow_sigmas") or scheduler.config.get("prediction_type") == "flow_prediction"
+    )
+    return bool(flow_sigmas) or "FlowMatch" in type(scheduler).__name__
+
+
+def shares(scheduler: Any, i: int, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """(a, s) of step i: what the denoiser sees is a x0 + s noise. Scalars in fp32."""
+    if hasattr(scheduler, "sigmas"):
+        sigma: Tensor = scheduler.sigmas[i].float()
+        if is_flow(scheduler):
+            return 1 - sigma, sigma
+        # sigma over signal, as in arXiv 2206.00364; the model's input is scaled to unit variance
+        signal = (1 + sigma**2).rsqrt()
+        return signal, sigma * signal
+    alpha_bar: Tensor = scheduler.alphas_cumprod[timestep.long().cpu()].float()
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
 def clean_estimate(scheduler: Any, i: int, timestep: Tensor, latents: Tensor, prediction: Tensor) -> Tensor:
-    """x0 from one prediction at step i (flow: x - sigma v; epsilon: DDIM Eq. 9; v: arXiv 2202.00512 Eq. 11)."""
+    """x0 from one prediction at step i (flow: x - sigma v; epsilon: DDIM Eq. 9; v: arXiv 2202.00512 Eq. 11).
+
+    latents: as the denoiser sees them.
+    """
+    signal, sigma = (share.to(latents) for share in shares(scheduler, i, timestep))
     if is_flow(scheduler):
-        sigma: Tensor = scheduler.sigmas[i].to(latents)
         return latents - sigma * prediction
-    alpha_bar: Tensor = scheduler.alphas_cumprod.to(latents)[timestep.long()]
-    if scheduler.config.prediction_type == "epsilon":
-        return (latents - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt()
-    if scheduler.config.prediction_type == "v_prediction":
-        return alpha_bar.sqrt() * latents - (1 - alpha_bar).sqrt() * prediction
-    if scheduler.config.prediction_type == "sample":
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return (latents - sigma * prediction) / signal
+    if kind == "v_prediction":
+        return signal * latents - sigma * prediction
+    if kind == "sample":
         return prediction
     raise RecipeError(_unknown(scheduler))
 
@@ -36,20 +55,23 @@ def clean_estimate(scheduler: Any, i: int, timestep: Tensor, latents: Tensor, pr
 def training_pair(scheduler: Any, clean: Tensor, noise: Tensor, density: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(noisy latents, timesteps, target) for the denoising loss, as in diffusers' training scripts.
 
-    clean, noise: (B, ...). density: (B,) numbers in [0, 1) that pick each sample's timestep.
+    clean, noise: (B, ...). density: (B,) numbers in [0, 1) that pick each sample's timestep. The noisy latents are as
+    the denoiser sees them.
     """
-    steps = scheduler.config.num_train_timesteps
+    noising = _noising(scheduler)
+    steps = noising.config.num_train_timesteps
     index = (density * steps).long().clamp(max=steps - 1)
     shape = (-1, *[1] * (clean.dim() - 1))
     if is_flow(scheduler):
-        timesteps = scheduler.timesteps.to(clean.device)[index]
-        sigma = scheduler.sigmas.to(clean)[index].view(shape)
+        timesteps = noising.timesteps.to(clean.device)[index]
+        sigma = noising.sigmas.to(clean)[index].view(shape)
         return (1 - sigma) * clean + sigma * noise, timesteps, noise - clean
-    noisy = scheduler.add_noise(clean, noise, index)
-    if scheduler.config.prediction_type == "epsilon":
+    noisy = noising.add_noise(clean, noise, index)
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
         return noisy, index, noise
-    if scheduler.config.prediction_type == "v_prediction":
-        return noisy, index, scheduler.get_velocity(clean, noise, index)
+    if kind == "v_prediction":
+        return noisy, index, noising.get_velocity(clean, noise, index)
     raise RecipeError(_unknown(scheduler))
 
 
@@ -65,6 +87,18 @@ def density(scheme: str, generators: list[torch.Generator]) -> Tensor:
         for generator in generators
     ]
     return torch.cat(draws)
+
+
+def _noising(scheduler: Any) -> Any:
+    """The scheduler that diffusers' training scripts noise with: flow matching's own, or DDPM with the same betas."""
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+    if not is_flow(scheduler):
+        return DDPMScheduler.from_config(scheduler.config)
+    if "FlowMatch" in type(scheduler).__name__:
+        return scheduler
+    config = scheduler.config
+    return FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=config.get("flow_shift") or 1.0)
 
 
 def _unknown(scheduler: Any) -> str:

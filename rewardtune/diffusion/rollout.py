@@ -29,17 +29,25 @@ class Chain:
         scheduler, self.timesteps = pipeline.timesteps(num_steps, size)
         self._states = [scheduler]
 
+    def start(self, noise: Tensor) -> Tensor:
+        """Standard normal noise -> latents before step 0."""
+        scale = getattr(self._states[0], "init_noise_sigma", 1.0)
+        return noise * scale
+
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def predict(self, i: int, latents: Tensor) -> Tensor:
         """The guided prediction at step i, in the scheduler's parameterisation."""
-        return self.pipeline.predict(latents, self.timesteps[i], self.conditioning, self.guidance)
+        scaled = self._scaled(i, latents)
+        return self.pipeline.predict(scaled, self.timesteps[i], self.conditioning, self.guidance)
 
     def advance(self, i: int, latents: Tensor) -> Tensor:
         """Latents before step i -> latents after it."""
         prediction = self.predict(i, latents)
         scheduler = _copy(self._states[i])
+        if hasattr(scheduler, "is_scale_input_called"):
+            scheduler.is_scale_input_called = True  # in `predict`, by another copy
         after: Tensor = scheduler.step(prediction.float(), self.timesteps[i], latents, return_dict=False)[0]
         if len(self._states) == i + 1:
             self._states.append(scheduler)
@@ -56,7 +64,16 @@ class Chain:
         """One prediction at step i, turned into an estimate of the finished latents x0."""
         from rewardtune.diffusion.parameterisation import clean_estimate
 
-        return clean_estimate(self._states[0], i, self.timesteps[i], latents, self.predict(i, latents))
+        scaled = self._scaled(i, latents)
+        return clean_estimate(self._states[0], i, self.timesteps[i], scaled, self.predict(i, latents))
+
+    def _scaled(self, i: int, latents: Tensor) -> Tensor:
+        """Latents as the denoiser takes them: some schedulers keep them at another scale between steps."""
+        scheduler = self._states[i]
+        if not hasattr(scheduler, "scale_model_input"):
+            return latents
+        scaled: Tensor = _copy(scheduler).scale_model_input(latents, self.timesteps[i])
+        return scaled
 
 
 def sample(
@@ -76,7 +93,7 @@ def sample(
     with torch.no_grad():
         conditioning = pipeline.encode(prompts, guidance)
         chain = Chain(pipeline, conditioning, num_steps=num_steps, guidance=guidance, size=size)
-        latents = chain.run(pipeline.noise(generators, size), 0, len(chain))
+        latents = chain.run(chain.start(pipeline.noise(generators, size)), 0, len(chain))
         return pipeline.decode(latents).clamp(0, 1)
 
 

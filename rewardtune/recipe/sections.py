@@ -42,8 +42,8 @@ class LoraSection(Section):
     rank: Positive = 16
     alpha: Positive | None = None
     """Defaults to `rank`, so that the file needs no metadata to load at the right strength."""
-    modules: list[str] = ["transformer"]
-    """Trainable modules of the pipeline that get adapters."""
+    modules: list[str] | None = None
+    """Trainable modules of the pipeline that get adapters; its denoiser when left out."""
     targets: list[str] | None = None
     """Names of linear layers; the family's own list when left out."""
 
@@ -51,7 +51,8 @@ class LoraSection(Section):
 class FullSection(Section):
     """Train whole modules instead of adapters."""
 
-    modules: list[str] = ["transformer"]
+    modules: list[str] | None = None
+    """Its denoiser when left out."""
 
 
 class PromptSection(Section):
@@ -96,6 +97,8 @@ class RolloutSection(Section):
     """Classifier-free guidance under gradient: through both branches, the positive one only, or none at all."""
     guidance_scale: Annotated[float, Field(ge=0.0)] = 4.0
     """In the meaning of the family's own pipeline."""
+    embedded_guidance: Annotated[float, Field(ge=0.0)] | None = None
+    """Guidance that a distilled denoiser takes as an input, as FLUX does; the family's own default when left out."""
     negative_prompt: str = ""
     height: Positive | None = None
     width: Positive | None = None
@@ -409,6 +412,7 @@ class SampleSection(Section):
     every: Positive = 100
     steps: Positive = 20
     guidance_scale: Annotated[float, Field(ge=0.0)] = 4.0
+    embedded_guidance: Annotated[float, Field(ge=0.0)] | None = None
 
 
 class CompareSection(Section):
@@ -423,6 +427,7 @@ class CompareSection(Section):
     judge: str | None = None
     steps: Positive = 20
     guidance_scale: Annotated[float, Field(ge=0.0)] = 4.0
+    embedded_guidance: Annotated[float, Field(ge=0.0)] | None = None
     batch_size: Positive = 4
 
 

@@ -62,7 +62,7 @@ class DirectReward:
     def step(self, batch: Batch) -> StepOutput:
         conditioning = self._encode(batch.prompts)
         chain = Chain(self.pipeline, conditioning, num_steps=self.num_steps, guidance=self.guidance, size=self.size)
-        latents = self.method(chain, batch.noise, choice(self.seed, "gradient/step", batch.step))
+        latents = self.method(chain, chain.start(batch.noise), choice(self.seed, "gradient/step", batch.step))
         # recomputing the decoder keeps its graph away while the reward's lives, and the other way round
         images = checkpoint(self.pipeline.decode, latents, use_reentrant=False, preserve_rng_state=False)
         images, prompts = images.clamp(0, 1), batch.prompts
