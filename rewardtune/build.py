@@ -37,7 +37,7 @@ from rewardtune.recipe.sections import (
 )
 from rewardtune.scoring import objective
 from rewardtune.scoring.augment import Augmentation
-from rewardtune.scoring.reward_set import RewardSet, Term, load_reward
+from rewardtune.scoring.reward_set import Relative, RewardSet, Term, load_reward
 from rewardtune.tasks import Task
 from rewardtune.tasks.direct_reward import DirectReward
 from rewardtune.tasks.sft import Sft
@@ -95,7 +95,10 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
         trainable=trainable,
         prompts=read_prompts(recipe.data.prompts),
         rewards=RewardSet([build_term(r, device=device) for r in recipe.rewards]),
-        method=lambda chain, noise, rng: method(chain, noise, rng, **settings),
+        method=lambda chain, noise, draws: method(chain, noise, draws, **settings),
+        balance=recipe.balance,
+        velocity=recipe.regularise.velocity,
+        sft=_mixed_sft(pipeline, trainable, recipe),
         num_steps=rollout.steps,
         guidance=Guidance(rollout.guidance, rollout.guidance_scale, rollout.negative_prompt, rollout.embedded_guidance),
         size=_size(pipeline, rollout),
@@ -169,10 +172,18 @@ def build_term(section: RewardSection, *, device: str) -> Term:
             f"reward {section.name!r} has no dimension {', '.join(unknown)}; "
             f"it has: {', '.join(reward.card.dimensions) or 'none, so leave `dimensions:` out'}."
         )
-    if section.statistic is None:
-        return Term(reward, section.weight, dimensions=section.dimensions)
-    settings = section.statistic.model_dump(exclude={"kind"})
-    return Term(reward, section.weight, objective.statistic(section.statistic.kind, **settings), section.dimensions)
+    if section.relative is not None and not reward.card.needs_prompt:
+        raise RecipeError(f"reward {section.name!r} reads no prompt, so `relative:` would compare equal values.")
+    chosen = section.statistic
+    settings = chosen.model_dump(exclude={"kind"}) if chosen else {}
+    return Term(
+        reward,
+        section.weight,
+        objective.statistic(chosen.kind, **settings) if chosen else objective.expectation,
+        section.dimensions,
+        section.ceiling,
+        Relative(**section.relative.model_dump()) if section.relative else None,
+    )
 
 
 def _trainable(pipeline: Pipeline, recipe: SftRecipe | DirectRewardRecipe) -> dict[str, nn.Module]:
@@ -209,6 +220,27 @@ def _trainable(pipeline: Pipeline, recipe: SftRecipe | DirectRewardRecipe) -> di
             (diffusers_name or model.gradient_checkpointing_enable)()
             module.train()
     return modules
+
+
+def _mixed_sft(
+    pipeline: Pipeline, trainable: Mapping[str, nn.Module], recipe: DirectRewardRecipe
+) -> tuple[Sft, float] | None:
+    section = recipe.regularise.sft
+    if section is None:
+        return None
+    task = Sft(
+        pipeline,
+        trainable=trainable,
+        rows=read_captioned_images(section.manifest),
+        size=_size(pipeline, recipe.rollout),
+        cache_latents=section.cache_latents,
+        caption_dropout=section.caption_dropout,
+        timestep_density=section.density,
+        seed=recipe.train.seed,
+        samples=lambda: None,
+        export=lambda *_: None,
+    )
+    return task, section.weight
 
 
 def _size(pipeline: Pipeline, rollout: RolloutSection) -> tuple[int, int]:

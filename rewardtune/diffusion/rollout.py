@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from rewardtune.diffusion.parameterisation import clean_estimate, shares
 from rewardtune.plugins import Guidance, Pipeline
+
+Denoiser = Literal["through", "detached", "frozen"]
+"""How far a gradient may go into a step: through the denoiser to the latents before it; to its weights only; or past
+it, along the scheduler's own arithmetic."""
 
 
 class Chain:
@@ -28,6 +34,8 @@ class Chain:
         self.pipeline, self.conditioning, self.guidance = pipeline, conditioning, guidance
         scheduler, self.timesteps = pipeline.timesteps(num_steps, size)
         self._states = [scheduler]
+        self.visited: dict[int, Tensor] = {}
+        """Step -> the latents before it, without graph, of the steps taken so far."""
 
     def start(self, noise: Tensor) -> Tensor:
         """Standard normal noise -> latents before step 0."""
@@ -42,9 +50,27 @@ class Chain:
         scaled = self._scaled(i, latents)
         return self.pipeline.predict(scaled, self.timesteps[i], self.conditioning, self.guidance)
 
-    def advance(self, i: int, latents: Tensor) -> Tensor:
-        """Latents before step i -> latents after it."""
-        prediction = self.predict(i, latents)
+    def advance(
+        self, i: int, latents: Tensor, *, denoiser: Denoiser = "through", recompute: bool = False, strength: float = 1.0
+    ) -> Tensor:
+        """Latents before step i -> latents after it.
+
+        denoiser: what carries gradient beside the scheduler's own arithmetic. recompute: keep no graph of the
+        denoiser, take the step again on the way back. strength: factor on the gradient of the prediction.
+        """
+        if recompute and torch.is_grad_enabled():
+            after: Tensor = checkpoint(
+                self._advance, i, latents, denoiser, strength, use_reentrant=False, preserve_rng_state=False
+            )
+            return after
+        return self._advance(i, latents, denoiser, strength)
+
+    def _advance(self, i: int, latents: Tensor, denoiser: Denoiser, strength: float) -> Tensor:
+        self.visited[i] = latents.detach()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and denoiser != "frozen"):
+            prediction = self.predict(i, latents if denoiser == "through" else latents.detach())
+        if strength != 1.0:
+            prediction = prediction.detach() + strength * (prediction - prediction.detach())
         scheduler = _copy(self._states[i])
         if hasattr(scheduler, "is_scale_input_called"):
             scheduler.is_scale_input_called = True  # in `predict`, by another copy
@@ -60,12 +86,22 @@ class Chain:
                 latents = self.advance(i, latents)
         return latents
 
-    def clean(self, i: int, latents: Tensor) -> Tensor:
-        """One prediction at step i, turned into an estimate of the finished latents x0."""
-        from rewardtune.diffusion.parameterisation import clean_estimate
+    def clean(self, i: int, latents: Tensor, prediction: Tensor | None = None) -> Tensor:
+        """The estimate of the finished latents x0 at step i, from its prediction (made here when left out)."""
+        if prediction is None:
+            prediction = self.predict(i, latents)
+        return clean_estimate(self._states[0], i, self.timesteps[i], self._scaled(i, latents), prediction)
 
-        scaled = self._scaled(i, latents)
-        return clean_estimate(self._states[0], i, self.timesteps[i], scaled, self.predict(i, latents))
+    def shares(self, i: int) -> tuple[Tensor, Tensor]:
+        """(a, s) of step i, or of the end (i = T): the denoiser sees a x0 + s noise. Scalars."""
+        if i == len(self):
+            return torch.ones(()), torch.zeros(())
+        return shares(self._states[0], i, self.timesteps[i])
+
+    def renoise(self, i: int, clean: Tensor, noise: Tensor) -> Tensor:
+        """Finished latents and standard normal noise -> latents before step i, as the scheduler keeps them."""
+        signal, sigma = (share.to(clean) for share in self.shares(i))
+        return (signal * clean + sigma * noise) / self._scaled(i, torch.ones((), dtype=clean.dtype))
 
     def _scaled(self, i: int, latents: Tensor) -> Tensor:
         """Latents as the denoiser takes them: some schedulers keep them at another scale between steps."""

@@ -1,38 +1,71 @@
 """Ways to take the reward gradient: one small file each. Prompts and noise -> latents that carry gradient.
 
+They differ in four choices: which image the reward sees (the sample, or an estimate on the way), which steps carry
+gradient, how these are weighted, and whether a path across steps is kept. `Chain.advance` takes a step either way.
+
 To add one: write `gradients/<method>.py` with a function of the type `Method`, add its section to
-`recipe/sections.py` and a line to `METHODS`.
+`recipe/gradients.py` and a line to `METHODS`.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from rewardtune.diffusion.rollout import Chain
 
 
-class Method(Protocol):
-    """Run the chain from `noise` and return finished latents (or an estimate of them) with graph.
+@dataclass(frozen=True)
+class Draws:
+    """Randomness of one micro-batch, keyed by seed, optimiser step and sample: the same on any number of processes."""
 
-    `rng` is keyed by seed and optimiser step: the same on every process. Keywords are the fields of the method's
-    section in `recipe/sections.py`.
+    shared: random.Random
+    """Choices that hold for every image of the optimiser step, such as a step of the chain."""
+    each: Sequence[torch.Generator]
+    """One an image, for noise."""
+
+    def noise_like(self, latents: Tensor) -> Tensor:
+        """Standard normal noise, (B, ...)."""
+        drawn = [torch.randn(latents.shape[1:], generator=key) for key in self.each]
+        return torch.stack(drawn).to(latents)
+
+
+class Finished(NamedTuple):
+    """What a method hands on to the decoder."""
+
+    latents: Tensor
+    """(n B, ...), copy by copy of the batch."""
+    weights: Tensor | None = None
+    """(n B,) factors on the rewards; 1 when None, negative where a reward is to fall."""
+
+
+class Method(Protocol):
+    """Run the chain from unit `noise` (`chain.start` scales it) and return finished latents with graph.
+
+    Keywords are the fields of the method's section in `recipe/gradients.py`.
     """
 
-    def __call__(self, chain: Chain, noise: Tensor, rng: random.Random, **settings: Any) -> Tensor: ...
+    def __call__(self, chain: Chain, noise: Tensor, draws: Draws, **settings: Any) -> Finished: ...
 
 
 METHODS: Mapping[str, str] = {
     "refl": "rewardtune.gradients.refl:refl",
     "draft": "rewardtune.gradients.draft:draft",
+    "draft_lv": "rewardtune.gradients.draft_lv:draft_lv",
+    "alignprop": "rewardtune.gradients.alignprop:alignprop",
+    "drtune": "rewardtune.gradients.drtune:drtune",
+    "direct_align": "rewardtune.gradients.direct_align:direct_align",
+    "flowbp_sparse": "rewardtune.gradients.flowbp_sparse:flowbp_sparse",
 }
 
 
-def load_method(name: str) -> Callable[..., Tensor]:
+def load_method(name: str) -> Callable[..., Finished]:
     module, function = METHODS[name].split(":")
-    method: Callable[..., Tensor] = getattr(import_module(module), function)
+    method: Callable[..., Finished] = getattr(import_module(module), function)
     return method

@@ -8,17 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from rewardtune.recipe.gradients import GradientSection, steps_needed
+from rewardtune.recipe.section import Fraction, Positive, Section
 
 R = TypeVar("R", "SftRecipe", "DirectRewardRecipe")
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors and docstrings are the reference page."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class PipelineSection(Section):
@@ -114,27 +109,6 @@ class AugmentSection(Section):
     """Standard deviation of Gaussian noise on pixels in [0, 1] (ours)."""
 
 
-class ReflSection(Section):
-    """ReFL (arXiv 2304.05977, section 3): one gradient step at a random late step; the reward sees its x0 estimate."""
-
-    method: Literal["refl"]
-    earliest: Fraction = 0.75
-    """Earliest step that may carry gradient, as a fraction of the roll-out (the paper: 30 of 40)."""
-    latest: Fraction = 1.0
-
-
-class DraftSection(Section):
-    """DRaFT-K (arXiv 2309.17400, section 4.1): gradient through the last K steps."""
-
-    method: Literal["draft"]
-    last_steps: Positive | Literal["all"] = 1
-    memory: Literal["fast", "flat"] = "flat"
-    """`fast` keeps the graph; `flat` recomputes each step, so that memory does not grow with K."""
-
-
-GradientSection = Annotated[ReflSection | DraftSection, Field(discriminator="method")]
-
-
 class Expectation(Section):
     """Mean of the distribution: Z-Reward Eq. 16."""
 
@@ -165,6 +139,16 @@ class Exceedance(Section):
 StatisticSection = Annotated[Expectation | MeanMinusDeviation | LowerTailMean | Exceedance, Field(discriminator="kind")]
 
 
+class RelativeSection(Section):
+    """SRPO's semantic relative reward (arXiv 2509.06942, Eq. 11): (1 + k) times the value under one phrase, less that
+    under its opposite. A bias that the reward has under both cancels."""
+
+    positive: str
+    """Goes before each prompt, as "positive. prompt"."""
+    negative: str
+    k: Annotated[float, Field(ge=0.0)] = 0.0
+
+
 class RewardSection(Section):
     """One reward of the objective."""
 
@@ -176,6 +160,25 @@ class RewardSection(Section):
     """What to maximise of a distributional reward; its expectation when left out."""
     dimensions: dict[str, float] | None = None
     """Weight of each dimension of a distributional reward; equal when left out."""
+    ceiling: float | None = None
+    """Images that reach this value give no more gradient, as in ReFL's hinge (arXiv 2304.05977, Eq. 4)."""
+    relative: RelativeSection | None = None
+
+
+class MixedSftSection(CaptionedImageSection):
+    """SFT on captioned images beside the reward, as ReFL's pre-training loss (arXiv 2304.05977, Eq. 5)."""
+
+    weight: Annotated[float, Field(gt=0.0)]
+    density: Literal["uniform", "logit-normal", "mode"] = "logit-normal"
+
+
+class RegulariseSection(Section):
+    """What holds the model to its start while a reward pulls."""
+
+    velocity: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the mean squared distance between the denoiser's prediction and that of the frozen start, at one random
+    step of each roll-out. For flow matching this is the KL between the two samplers up to the step's weight."""
+    sft: MixedSftSection | None = None
 
 
 class ScorerSection(Section):
@@ -241,6 +244,9 @@ class RisdSection(Section):
     """Forward KL over the levels; or the squared error of the expected score alone (a control)."""
     labels: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of a cross-entropy on the records' own scores beside it (a control)."""
+    shift: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """Largest move of a picture either way, as a share of its shorter side, each time the student sees it: the
+    teacher's judgement is of the picture, not of where its pixels lie (ours)."""
 
 
 class OpdSection(Section):
@@ -477,16 +483,26 @@ class DirectRewardRecipe(_Recipe):
     rollout: RolloutSection = RolloutSection()
     gradient: GradientSection
     rewards: Annotated[list[RewardSection], Field(min_length=1)]
+    balance: Literal["value", "gradient"] = "value"
+    """How several rewards' weights are meant: of their values, each divided by its card's scale; or of their gradients
+    at the image, each divided by its norm over the micro-batch, so that no reward drowns another."""
+    regularise: RegulariseSection = RegulariseSection()
     augment: AugmentSection | None = None
     samples: SampleSection = SampleSection()
     compare: CompareSection = CompareSection()
 
     @model_validator(mode="after")
     def _one_way(self) -> DirectRewardRecipe:
-        last = self.gradient.last_steps if isinstance(self.gradient, DraftSection) else "all"
-        if last != "all" and last > self.rollout.steps:
+        field, least = steps_needed(self.gradient)
+        if least > self.rollout.steps:
+            value = getattr(self.gradient, field)
+            beyond = "exceeds" if least == value else f"needs {least} steps, more than"
+            hint = "; write `all` for the full chain" if field == "last_steps" else ""
+            raise ValueError(f"gradient.{field} {value} {beyond} rollout.steps {self.rollout.steps}{hint}")
+        if self.regularise.velocity and self.lora is None:
             raise ValueError(
-                f"gradient.last_steps {last} exceeds rollout.steps {self.rollout.steps}; write `all` for the full chain"
+                "regularise.velocity compares with the frozen start, which adapters keep beside them; train with "
+                "`lora:`, or leave it out"
             )
         return _adapters_or_full(self)
 

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rewardtune.diffusion import lora
 from rewardtune.diffusion.rollout import Chain
+from rewardtune.gradients import Draws, Finished
 from rewardtune.plugins import Guidance, Pipeline
 from rewardtune.randomness import choice, epoch_index, generator
 from rewardtune.scoring.augment import Augmentation
 from rewardtune.scoring.reward_set import RewardSet
+from rewardtune.tasks.sft import Sft
 from rewardtune.types import Prompt, StepOutput
 
 
@@ -31,7 +34,8 @@ class Batch:
 
 
 class DirectReward:
-    """See `tasks.Task`. `method` is a `gradients.Method` with its settings bound."""
+    """See `tasks.Task`. method: a `gradients.Method` with its settings bound. velocity: weight of the pull to the
+    frozen start. sft: a task whose loss is added, and its weight."""
 
     def __init__(
         self,
@@ -40,18 +44,22 @@ class DirectReward:
         trainable: Mapping[str, nn.Module],
         prompts: Sequence[Prompt],
         rewards: RewardSet,
-        method: Callable[..., Tensor],
+        method: Callable[..., Finished],
         num_steps: int,
         guidance: Guidance,
         size: tuple[int, int],
         seed: int,
         augmentation: Augmentation | None,
+        balance: str = "value",
+        velocity: float = 0.0,
+        sft: tuple[Sft, float] | None = None,
         samples: Callable[[], Tensor | None],
         export: Callable[[Path, Mapping[str, str]], None],
     ) -> None:
         self.pipeline, self.trainable, self.prompts, self.rewards = pipeline, trainable, prompts, rewards
         self.method, self.num_steps, self.guidance, self.size, self.seed = method, num_steps, guidance, size, seed
         self.augmentation, self.samples, self.export = augmentation, samples, export
+        self.balance, self.velocity, self.sft = balance, velocity, sft
 
     def batch(self, step: int, indices: Sequence[int]) -> Batch:
         rows = [epoch_index(self.seed, "prompts/order", i, len(self.prompts)) for i in indices]
@@ -62,15 +70,51 @@ class DirectReward:
     def step(self, batch: Batch) -> StepOutput:
         conditioning = self._encode(batch.prompts)
         chain = Chain(self.pipeline, conditioning, num_steps=self.num_steps, guidance=self.guidance, size=self.size)
-        latents = self.method(chain, chain.start(batch.noise), choice(self.seed, "gradient/step", batch.step))
+        keys = [generator(self.seed, "gradient/noise", i) for i in batch.indices]
+        draws = Draws(choice(self.seed, "gradient/step", batch.step), keys)
+        latents, weights = self.method(chain, batch.noise, draws)
         # recomputing the decoder keeps its graph away while the reward's lives, and the other way round
         images = checkpoint(self.pipeline.decode, latents, use_reentrant=False, preserve_rng_state=False)
-        images, prompts = images.clamp(0, 1), batch.prompts
+        copies = len(images) // len(batch.prompts)
+        loss, metrics = self._reward(images.clamp(0, 1), batch, copies, weights)
+        if self.velocity:
+            distance = self._distance(chain, batch.step)
+            loss, metrics["velocity"] = loss + self.velocity * distance, distance.item()
+        if self.sft is not None:
+            task, weight = self.sft
+            denoising = task.step(task.batch(batch.step, batch.indices)).loss
+            loss, metrics["sft_loss"] = loss + weight * denoising, denoising.item()
+        return StepOutput(loss=loss, metrics=metrics)
+
+    def _reward(
+        self, images: Tensor, batch: Batch, copies: int, weights: Tensor | None
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Loss with graph to `images`, `copies` of each prompt's image, copy by copy."""
+        prompts = batch.prompts * copies
         if self.augmentation is not None:
-            images = self.augmentation.views(images, [generator(self.seed, "augment", i) for i in batch.indices])
+            keys = [
+                generator(self.seed, "augment", i, *([c] if c else [])) for c in range(copies) for i in batch.indices
+            ]
+            images = self.augmentation.views(images, keys)
             prompts = prompts * self.augmentation.copies
-        value, metrics = self.rewards.score(images, prompts)
-        return StepOutput(loss=-value.mean(), metrics={**metrics, "objective": value.detach().mean().item()})
+            weights = None if weights is None else weights.repeat(self.augmentation.copies)
+        if len(self.rewards.terms) == 1:
+            value, metrics = self.rewards.score(images, prompts)
+            loss = -(value if weights is None else weights * value).mean()
+        else:
+            gradient, value, metrics = self.rewards.gradient(images, prompts, weights, balance=self.balance)
+            # the product's gradient at the images is `gradient`; its value is none that anyone should read
+            product = (images * gradient).sum()
+            loss = -(product - product.detach()) - value.mean()
+        return loss, {**metrics, "objective": value.detach().mean().item()}
+
+    def _distance(self, chain: Chain, step: int) -> Tensor:
+        """Mean squared distance of predictions to the frozen start's, at one random step of the roll-out."""
+        visited = sorted(chain.visited)
+        i = choice(self.seed, "gradient/velocity", step).choice(visited)
+        with torch.no_grad(), lora.disabled(self.trainable):
+            wanted = chain.predict(i, chain.visited[i])
+        return (chain.predict(i, chain.visited[i]) - wanted).pow(2).mean()
 
     def evaluate(self) -> Mapping[str, float]:
         return {}

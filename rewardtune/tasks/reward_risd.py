@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rewardtune.data.images import read_tensors
 from rewardtune.data.records import PreferenceGroup, read_records
 from rewardtune.errors import DataError
-from rewardtune.randomness import epoch_index
+from rewardtune.randomness import epoch_index, generator
 from rewardtune.recipe.sections import RewardRisdRecipe, RisdSection
 from rewardtune.scorer.evaluate import held_out_figures
 from rewardtune.scorer.export import export_scorer
@@ -24,6 +24,7 @@ from rewardtune.scorer.targets import check_labels, target_maker
 from rewardtune.scorer.teacher import judgements
 from rewardtune.scorer.traces import Item
 from rewardtune.scorer.trainable import trainable_scorer
+from rewardtune.scoring.augment import Augmentation
 from rewardtune.types import Prompt, StepOutput
 
 
@@ -56,6 +57,10 @@ class RewardRisd:
         chosen = [epoch_index(self.seed, "risd/order", i, len(self.items)) for i in indices]
         device = self.scorer.device
         images = read_tensors((self.items[i][0] for i in chosen), device=device)
+        if self.objective.shift:
+            moved = Augmentation(copies=1, shift=self.objective.shift, noise=0.0)
+            keys = [generator(self.seed, "risd/shift", i) for i in indices]
+            images = [moved.views(image[None], [key])[0] for image, key in zip(images, keys, strict=True)]
         teacher = self.judge(indices, chosen).to(device)
         return Batch(images, [self.items[i][1] for i in chosen], teacher, self.labels[chosen].to(device))
 

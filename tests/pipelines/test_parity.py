@@ -101,9 +101,8 @@ def test_full_chain_gradient_equals_autograd_through_the_call(name, family):
 
 
 def full_chain(adapter, guidance, size, memory, last_steps="all"):
-    steps = chain(adapter, guidance, size)
-    start = steps.start(adapter.noise(generators(), size))
-    return draft(steps, start, None, last_steps=last_steps, memory=memory)
+    noise = adapter.noise(generators(), size)
+    return draft(chain(adapter, guidance, size), noise, None, last_steps=last_steps, memory=memory).latents
 
 
 def test_detached_negative_has_the_same_images_and_another_gradient(family):

@@ -12,7 +12,6 @@ from safetensors import safe_open
 
 from rewardtune import gradients
 from rewardtune.diffusion import export, lora
-from rewardtune.diffusion.rollout import Chain
 from rewardtune.plugins import Guidance, RewardCard
 from rewardtune.scoring.augment import Augmentation
 from rewardtune.scoring.reward_set import RewardSet, Term
@@ -27,17 +26,18 @@ class Redness:
         return Score((images[:, 0] - images[:, 2]).mean((1, 2)))
 
 
-def build(method: str, settings: dict, *, lr_seed: int = 0, pipe=None, augmentation=None) -> DirectReward:
+def build(method: str, settings: dict, *, lr_seed: int = 0, pipe=None, augmentation=None, **more) -> DirectReward:
     adapter = ZImage(pipe or tiny.z_image())
     modules = {"transformer": adapter.pipe.transformer}
     lora.attach(modules, rank=4, alpha=4, targets=adapter.lora_targets, seed=lr_seed)
     bound = gradients.load_method(method)
+    more.setdefault("rewards", RewardSet([Term(Redness())]))
     return DirectReward(
         adapter, trainable=modules, prompts=[Prompt("dog"), Prompt("red cat"), Prompt("two birds")],
-        rewards=RewardSet([Term(Redness())]), method=lambda c, n, r: bound(c, n, r, **settings), num_steps=4,
+        method=lambda c, n, r: bound(c, n, r, **settings), num_steps=4,
         guidance=Guidance("detached-negative", 2.0), size=(16, 16), seed=3, augmentation=augmentation,
         samples=lambda: None,
-        export=lambda *_: None,
+        export=lambda *_: None, **more,
     )  # fmt: skip
 
 
@@ -56,7 +56,15 @@ def train(task: DirectReward, steps: int, lr: float) -> list[float]:
 
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [("draft", {"last_steps": 2, "memory": "flat"}), ("refl", {"earliest": 0.5, "latest": 1.0})],
+    [
+        ("draft", {"last_steps": 2, "memory": "flat"}),
+        ("draft_lv", {"copies": 2, "memory": "flat"}),
+        ("alignprop", {"longest": 1.0, "memory": "flat"}),
+        ("drtune", {"train_steps": 2, "early_stop": 2, "memory": "fast"}),
+        ("direct_align", {"earliest": 0.3, "latest": 1.0, "span": 1, "inversion": 0.0}),
+        ("flowbp_sparse", {"active_steps": 2, "late_bias": 1.0, "rescale": 0.5, "memory": "flat"}),
+        ("refl", {"earliest": 0.5, "latest": 1.0}),
+    ],
 )
 def test_reward_rises(method, settings):
     rewards = train(build(method, settings), 25, 1e-2)
@@ -109,21 +117,6 @@ def test_gradient_reaches_adapters_only():
     transformer = task.trainable["transformer"]
     assert all(p.grad is None for n, p in transformer.named_parameters() if "lora_" not in n)
     assert any(p.grad is not None and p.grad.any() for n, p in transformer.named_parameters() if "lora_B" in n)
-
-
-def test_refl_draws_its_step_from_the_late_part():
-    from rewardtune.gradients.refl import refl
-    from rewardtune.randomness import choice
-
-    adapter = ZImage(tiny.z_image())
-    off = Guidance(mode="off")
-    chain = Chain(adapter, adapter.encode(["dog"], off), num_steps=8, guidance=off, size=(16, 16))
-    seen: set[int] = set()
-    chain.clean = lambda i, latents: seen.add(i) or latents  # type: ignore[method-assign,func-returns-value]
-    noise = adapter.noise([torch.Generator().manual_seed(0)], (16, 16))
-    for step in range(40):
-        refl(chain, noise, choice(0, "gradient/step", step), earliest=0.5, latest=0.875)
-    assert seen == {4, 5, 6}
 
 
 def test_exported_adapters_load_in_diffusers_to_the_same_image(tmp_path):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from rewardtune.errors import DataError, RecipeError
 from rewardtune.recipe.file import format_overrides, load_recipe, recipe_schema
-from rewardtune.recipe.sections import TASKS, DraftSection
+from rewardtune.recipe.gradients import DraftSection
+from rewardtune.recipe.sections import TASKS
 from rewardtune.recipe.strict_yaml import parse
 
 GOOD = """\
@@ -265,7 +266,7 @@ def test_python_overrides_read_like_the_command_line(recipe):
         (
             "method: draft",
             "method: draff",
-            ":8: gradient.method is 'draff' (it can be refl, draft); did you mean 'draft'?",
+            "flowbp_sparse); did you mean 'draft'?",
         ),
         ("method: draft", "kind: draft", ":8: key 'method' is missing in gradient."),
         ("lora: {rank: 8}", "", "name one of `lora:` (adapters) and `full:` (whole modules)"),

@@ -49,7 +49,7 @@ def test_gradient_runs_through_every_scheduler_of_the_list(name):
     def run(memory: str):
         weight = adapter.trainable[adapter.denoiser].get_parameter(WEIGHTS[adapter.denoiser]).requires_grad_(True)
         chain = Chain(adapter, adapter.encode(["dog"], OFF), num_steps=4, guidance=OFF, size=(16, 16))
-        latents = draft(chain, chain.start(noise), None, last_steps="all", memory=memory)
+        latents = draft(chain, noise, None, last_steps="all", memory=memory).latents
         (gradient,) = torch.autograd.grad(latents.pow(2).mean(), weight)
         weight.requires_grad_(False)
         return latents.detach(), gradient
