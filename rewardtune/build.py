@@ -19,8 +19,13 @@ from rewardtune.diffusion import export, lora
 from rewardtune.diffusion.rollout import sample
 from rewardtune.diffusion.schedulers import check_deterministic
 from rewardtune.errors import PluginError, RecipeError
+from rewardtune.guard.guard import Guard
+from rewardtune.guard.verdict import Rule
+from rewardtune.guard.watch import Look, Watch
 from rewardtune.plugins import Guidance, Pipeline
 from rewardtune.randomness import generator
+from rewardtune.recipe.guard import GuardSection
+from rewardtune.recipe.rewards import RewardSection
 from rewardtune.recipe.sections import (
     DirectRewardRecipe,
     PipelineSection,
@@ -29,7 +34,6 @@ from rewardtune.recipe.sections import (
     RewardGdsoRecipe,
     RewardOpdRecipe,
     RewardRisdRecipe,
-    RewardSection,
     RewardSftRecipe,
     RolloutSection,
     SampleSection,
@@ -220,6 +224,33 @@ def _trainable(pipeline: Pipeline, recipe: SftRecipe | DirectRewardRecipe) -> di
             (diffusers_name or model.gradient_checkpointing_enable)()
             module.train()
     return modules
+
+
+def build_guard(recipe: SftRecipe | DirectRewardRecipe, task: Any, folder: Path) -> Guard:
+    """The guard of a run that writes into `folder`, watching the task's pipeline."""
+    section = recipe.guard
+    assert section is not None
+    pipeline: Pipeline = task.pipeline
+    direct = isinstance(recipe, DirectRewardRecipe)
+    device = str(next(iter(pipeline.trainable[pipeline.denoiser].parameters())).device)
+    watch = Watch(
+        pipeline,
+        prompts=read_prompts(section.prompts)[: section.num_prompts],
+        seeds=section.seeds,
+        held_out=[build_term(reward, device=device) for reward in section.rewards],
+        trained=task.rewards if direct else None,
+        num_steps=section.steps,
+        guidance=Guidance("full", section.guidance_scale, embedded=section.embedded_guidance),
+        size=_size(pipeline, recipe.rollout) if isinstance(recipe, DirectRewardRecipe) else pipeline.image_size,
+        batch_size=section.batch_size,
+    )
+    return open_guard(section, folder, watch.look)
+
+
+def open_guard(section: GuardSection, folder: Path, look: Callable[[], Look]) -> Guard:
+    """A guard by its section; `look` draws and scores."""
+    rule = Rule(section.seeds, section.patience, section.min_diversity, section.max_drift)
+    return Guard(look, rule, every=section.every, action=section.action, folder=folder)
 
 
 def _mixed_sft(

@@ -19,7 +19,8 @@ from rewardtune.compare.scores import Panel, Scored, choose_rewards, read_scores
 from rewardtune.compare.sides import Side, first_recipe, resolve_sides
 from rewardtune.compare.votes import read_votes
 from rewardtune.errors import CheckFailed, DataError, RecipeError
-from rewardtune.recipe.sections import CompareSection, RewardSection
+from rewardtune.recipe.rewards import RewardSection
+from rewardtune.recipe.sections import CompareSection
 from rewardtune.scoring.score import best_device, parse_spec, parse_specs
 from rewardtune.types import Prompt
 

@@ -22,7 +22,7 @@ from rewardtune.compare.files import csv_cell, write_bytes
 from rewardtune.compare.sampling import Plan, image_file, image_seed
 from rewardtune.errors import DataError, RecipeError
 from rewardtune.progress import Progress
-from rewardtune.recipe.sections import RewardSection
+from rewardtune.recipe.rewards import RewardSection
 from rewardtune.scoring.score import ImageScore, card_document, score_files
 
 Floats = NDArray[np.float64]

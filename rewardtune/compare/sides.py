@@ -15,7 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from rewardtune.data.references import PREFIX
 from rewardtune.errors import RecipeError
-from rewardtune.recipe.sections import DirectRewardRecipe, PipelineSection, Recipe, RewardSection, SftRecipe
+from rewardtune.recipe.rewards import RewardSection
+from rewardtune.recipe.sections import DirectRewardRecipe, PipelineSection, Recipe, SftRecipe
 from rewardtune.recipe.suggest import closest
 from rewardtune.training.run_folder import read_recipe
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import Field, model_validator
 
 from rewardtune.recipe.gradients import GradientSection, steps_needed
+from rewardtune.recipe.guard import GuardSection
+from rewardtune.recipe.rewards import RewardSection
 from rewardtune.recipe.section import Fraction, Positive, Section
 
 R = TypeVar("R", "SftRecipe", "DirectRewardRecipe")
@@ -107,62 +109,6 @@ class AugmentSection(Section):
     """Largest move either way, as a share of the image's shorter side (ours)."""
     noise: Annotated[float, Field(ge=0.0, le=1.0)] = 0.04
     """Standard deviation of Gaussian noise on pixels in [0, 1] (ours)."""
-
-
-class Expectation(Section):
-    """Mean of the distribution: Z-Reward Eq. 16."""
-
-    kind: Literal["expectation"] = "expectation"
-
-
-class MeanMinusDeviation(Section):
-    """Mean minus `weight` standard deviations: prefers images the reward is sure of."""
-
-    kind: Literal["mean-minus-deviation"]
-    weight: Annotated[float, Field(ge=0.0)] = 0.5
-
-
-class LowerTailMean(Section):
-    """Mean of the worst `share` of the distribution (conditional value at risk)."""
-
-    kind: Literal["lower-tail-mean"]
-    share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
-
-
-class Exceedance(Section):
-    """Probability that the score is at least `threshold`."""
-
-    kind: Literal["exceedance"]
-    threshold: float
-
-
-StatisticSection = Annotated[Expectation | MeanMinusDeviation | LowerTailMean | Exceedance, Field(discriminator="kind")]
-
-
-class RelativeSection(Section):
-    """SRPO's semantic relative reward (arXiv 2509.06942, Eq. 11): (1 + k) times the value under one phrase, less that
-    under its opposite. A bias that the reward has under both cancels."""
-
-    positive: str
-    """Goes before each prompt, as "positive. prompt"."""
-    negative: str
-    k: Annotated[float, Field(ge=0.0)] = 0.0
-
-
-class RewardSection(Section):
-    """One reward of the objective."""
-
-    name: str
-    """Name in `rewards list`."""
-    weight: float = 1.0
-    options: dict[str, Any] = {}
-    statistic: StatisticSection | None = None
-    """What to maximise of a distributional reward; its expectation when left out."""
-    dimensions: dict[str, float] | None = None
-    """Weight of each dimension of a distributional reward; equal when left out."""
-    ceiling: float | None = None
-    """Images that reach this value give no more gradient, as in ReFL's hinge (arXiv 2304.05977, Eq. 4)."""
-    relative: RelativeSection | None = None
 
 
 class MixedSftSection(CaptionedImageSection):
@@ -464,6 +410,7 @@ class SftRecipe(_Recipe):
     data: CaptionedImageSection
     density: Literal["uniform", "logit-normal", "mode"] = "logit-normal"
     """Timestep density (Stable Diffusion 3, arXiv 2403.03206, section 3.1)."""
+    guard: GuardSection | None = None
     samples: SampleSection = SampleSection()
     compare: CompareSection = CompareSection()
 
@@ -488,6 +435,7 @@ class DirectRewardRecipe(_Recipe):
     at the image, each divided by its norm over the micro-batch, so that no reward drowns another."""
     regularise: RegulariseSection = RegulariseSection()
     augment: AugmentSection | None = None
+    guard: GuardSection | None = None
     samples: SampleSection = SampleSection()
     compare: CompareSection = CompareSection()
 
@@ -504,6 +452,13 @@ class DirectRewardRecipe(_Recipe):
                 "regularise.velocity compares with the frozen start, which adapters keep beside them; train with "
                 "`lora:`, or leave it out"
             )
+        trained = {(reward.name, repr(reward.options)) for reward in self.rewards}
+        for reward in self.guard.rewards if self.guard else []:
+            if (reward.name, repr(reward.options)) in trained:
+                raise ValueError(
+                    f"guard.rewards names {reward.name}, which is trained on; a reward that is fooled does not notice. "
+                    "Name one that is not among rewards"
+                )
         return _adapters_or_full(self)
 
 

@@ -37,7 +37,7 @@ class Document:
 class _Loader(yaml.SafeLoader):
     """Resolves plain scalars as YAML 1.2 does; dates, merge keys, octal 010 and yes/no/on/off are ordinary text."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own class attribute)
+    yaml_implicit_resolvers: dict[str, Any] = {}
 
 
 def _resolves(kind: str, pattern: str, first: str) -> None:

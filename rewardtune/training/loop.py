@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rewardtune.errors import DiskError, NonFiniteError, OutOfMemoryError, RecipeError
+from rewardtune.guard.guard import Guard
 from rewardtune.randomness import key
 from rewardtune.recipe.sections import CheckpointSection, OptimizerSection, TrainSection
 from rewardtune.tasks import Task
@@ -49,6 +50,7 @@ class Loop:
     """Step of the newest checkpoint."""
     metrics: MetricsFile | None = None
     trackers: Trackers | None = None
+    guard: Guard | None = None
 
     def save(self, state: State, *, final: bool = False) -> None:
         """Write a checkpoint in the main process. Raises DiskError after too many failures, or if nothing follows."""
@@ -64,6 +66,8 @@ class Loop:
             rest["processes"] = self.where.world
             checkpoints.save(self.folder / "checkpoints", step=state.step, parts=parts, state=rest, keep=self.keep)
             self.failed_saves, self.saved = 0, state.step
+            if self.guard is not None:
+                self.guard.saved()
         except OSError as error:
             self.failed_saves += 1
             problem = error if isinstance(error, DiskError) else DiskError(f"metrics.jsonl cannot be written: {error}")
@@ -84,10 +88,12 @@ def train(
     where: Runtime | None = None,
     stop: Stop | None = None,
     trackers: Trackers | None = None,
+    guard: Guard | None = None,
 ) -> State:
     """Train `task` from the newest valid checkpoint in `folder`, or from its start, to `train.steps`.
 
-    `until` ends earlier, as if interrupted there. Returns the live state, whose last step is also in a checkpoint.
+    `until` ends earlier, as if interrupted there; so does a guard that has seen enough. Returns the live state, whose
+    last step is also in a checkpoint.
     Raises NonFiniteError, OutOfMemoryError, DiskError, RecipeError; leaves by SystemExit(128 + signal) after a signal.
     In all these cases the newest checkpoint is whole.
     """
@@ -101,8 +107,10 @@ def train(
         )
     last = min(until if until is not None else train.steps, train.steps)
     state = build_state(task, train=train, optimizer=optimizer, where=where)
-    loop = Loop(folder, checkpoint.every, checkpoint.keep, where, stop or Stop(), trackers=trackers)
+    loop = Loop(folder, checkpoint.every, checkpoint.keep, where, stop or Stop(), trackers=trackers, guard=guard)
     _resume(state, loop)
+    if guard is not None:
+        guard.resume(state.step)
     if state.step > train.steps:
         raise RecipeError(
             f"{folder} has already done {state.step} steps, more than train.steps {train.steps}. Ask for at least as "
@@ -114,8 +122,12 @@ def train(
     with _out_of_memory(), Progress(total=train.steps, done=state.step) as progress:
         if state.step % sample_every == 0:
             _samples(task, state, loop, again=False)
-        while state.step < last:
+        ended = _guarded(task, state, loop, last=train.steps)[1]
+        while state.step < last and not ended:
             values, signal, problem = _step(task, state, train=train, share=share, loop=loop)
+            if not signal:
+                seen, ended = _guarded(task, state, loop, last=train.steps)
+                values |= seen
             if loop.metrics is not None:
                 loop.metrics.add(values)
                 progress.show(values, memory=where.peak_memory())
@@ -134,7 +146,7 @@ def train(
                 raise SystemExit(128 + signal)
             if state.step % checkpoint.every == 0 and state.step < last:
                 loop.save(state)
-            if state.step % sample_every == 0 or state.step == train.steps:
+            if state.step % sample_every == 0 or state.step == train.steps or ended:
                 _samples(task, state, loop)
         loop.save(state, final=True)
     return state
@@ -273,6 +285,32 @@ def _resume(state: State, loop: Loop) -> None:
                 f"note: the checkpoint was written by {saved.state['processes']} processes and is continued by "
                 f"{loop.where.world}; losses agree to rounding, not to the bit.", file=sys.stderr,
             )  # fmt: skip
+
+
+def _guarded(task: Task, state: State, loop: Loop, *, last: int) -> tuple[dict[str, float], bool]:
+    """(what the guard saw where a look was due, whether it ends the training), the same in every process."""
+    guard, where = loop.guard, loop.where
+    if guard is None:
+        return {}, False
+    seen: dict[str, float] = {}
+    if guard.due(state.step, last):
+        look, weights = None, {}
+        interruptible = loop.stop.leaving_at_once() if where.world == 1 else nullcontext()
+        try:
+            with evaluating(task, state, where):
+                with interruptible:
+                    # Sharded modules compute in all processes or in none; otherwise the main one draws.
+                    look = guard.watch() if where.main or state.shards else None
+                weights = shard.gathered(state.parameters, keep=where.main)
+                if where.main and look is not None:
+                    seen = guard.add(state.step, look, weights)
+        except SystemExit:
+            loop.save(state, final=True)
+            raise
+    seen, looks = where.broadcast((seen, guard.looks))
+    if not where.main:
+        guard.recall(looks)
+    return seen, guard.ends
 
 
 def _samples(task: Task, state: State, loop: Loop, *, again: bool = True) -> None:

@@ -14,12 +14,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rewardtune.errors import DiskError, RecipeError, RewardTuneError
 from rewardtune.recipe.sections import DirectRewardRecipe, Recipe, SftRecipe
 
 if TYPE_CHECKING:
+    from rewardtune.guard.guard import Guard
     from rewardtune.recipe.file import LoadedRecipe
     from rewardtune.tasks import Task
     from rewardtune.training.checkpoint import Checkpoint
@@ -91,21 +92,67 @@ def export_run(run: str | Path, *, out: str | Path | None = None) -> Path:
         )
     recipe = run_folder.read_recipe(folder)
     where = runtime.start(device=recipe.train.device, precision=recipe.train.precision)
-    task = _restored(recipe, saved, where)
+    guard = _finished_guard(recipe, folder, saved.step)
+    task = _restored(recipe, saved, where, guard)
     target = Path(out) if out is not None else folder / "export"
-    _export(task, target, run_folder.provenance(folder, step=saved.step))
+    chosen = guard.chosen() if guard else None
+    step = saved.step if chosen is None else chosen
+    _export(task, target, run_folder.provenance(folder, step=step))
     return target
 
 
-def _restored(recipe: Recipe, saved: Checkpoint, where: Runtime) -> Task:
-    """The task of a recipe with the weights of a checkpoint, averaged ones where there are; for use, not training."""
+def _restored(recipe: Recipe, saved: Checkpoint, where: Runtime, guard: Guard | None = None) -> Task:
+    """The task of a recipe with the weights of a checkpoint, averaged ones where there are, or those that its guard
+    chose; for use, not training."""
     from rewardtune.build import build_task
     from rewardtune.training.state import load_weights, trained_parameters
 
     task = build_task(recipe, device=str(where.device))
     averaged = recipe.train.ema_decay is not None and (saved.path / "ema.safetensors").exists()
-    load_weights(trained_parameters(task), saved, "ema" if averaged else "parameters")
+    parameters = trained_parameters(task)
+    load_weights(parameters, saved, "ema" if averaged else "parameters")
+    if guard is not None and guard.chosen() is not None:
+        guard.take_back(parameters)
     return task
+
+
+def _guard(loaded: LoadedRecipe, task: Task, folder: Path) -> Guard | None:
+    """The guard of a recipe that has one."""
+    from rewardtune.build import build_guard
+
+    recipe = loaded.recipe
+    if not isinstance(recipe, SftRecipe | DirectRewardRecipe) or recipe.guard is None:
+        return None
+    return build_guard(recipe, task, folder)
+
+
+def _finished_guard(recipe: Recipe, folder: Path, step: int) -> Guard | None:
+    """The guard of a run that is finished, without means to look again; None for a run that it has not ended yet."""
+    from rewardtune.training import run_folder
+
+    if not isinstance(recipe, SftRecipe | DirectRewardRecipe) or recipe.guard is None:
+        return None
+    if not (folder / run_folder.FINISHED).exists():
+        return None
+    from rewardtune.build import open_guard
+
+    def look() -> NoReturn:
+        raise AssertionError("a finished run is not looked at again")
+
+    guard = open_guard(recipe.guard, folder, look)
+    guard.resume(step)
+    return guard
+
+
+def _take_back(guard: Guard | None, state: State, facts: dict[str, Any]) -> None:
+    """What the guard came to, and its weights where it chose others than the last."""
+    if guard is None or guard.verdict is None:
+        return
+    facts["guard"] = guard.outcome()
+    if (step := guard.chosen()) is not None:
+        guard.take_back(state.parameters)
+        state.ema = None  # the chosen weights are averages already, where there are any
+        facts["step"] = step
 
 
 def _export(task: Task, target: Path, provenance: dict[str, str]) -> None:
@@ -148,8 +195,10 @@ def _run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any, run_i
             config=loaded.resolved,
         )
     try:
-        state = _train(loaded, task, folder=folder, where=where, stop=stop, trackers=trackers)
+        guard = _guard(loaded, task, folder)
+        state = _train(loaded, task, folder=folder, where=where, stop=stop, trackers=trackers, guard=guard)
         facts: dict[str, Any] = {"step": state.step, "skipped": state.skipped, "evaluation": {}}
+        _take_back(guard, state, facts)
         with stop.leaving_at_once():
             if where.main or state.shards:
                 facts["evaluation"] = _evaluate(task, state, where)
@@ -160,7 +209,7 @@ def _run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any, run_i
                     # both never stand beside each other.
                     del task, state, averaged
                     gc.collect()
-                    task, averaged = _restored(recipe, _newest(folder), where), nullcontext()
+                    task, averaged = _restored(recipe, _newest(folder), where, guard), nullcontext()
                 with averaged:
                     _export(task, folder / "export", run_folder.provenance(folder, step=facts["step"]))
                 _mark_finished(folder, facts)

@@ -42,7 +42,8 @@ def test_every_command_works_when_pasted(tmp_path: Path):
 def test_its_yaml_is_a_recipes():
     import yaml
 
-    from rewardtune.recipe.sections import DanceSection, GdsoSection, RewardSection, ScorerSection, TeacherSection
+    from rewardtune.recipe.rewards import RewardSection
+    from rewardtune.recipe.sections import DanceSection, GdsoSection, ScorerSection, TeacherSection
 
     blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
     dance, rollouts, teacher, rewards = blocks

@@ -25,7 +25,7 @@ from rewardtune.compare.scores import choose_rewards, tie_bands
 from rewardtune.compare.sides import reference_side, resolve_sides
 from rewardtune.errors import CheckFailed, DataError, DiskError, RecipeError
 from rewardtune.plugins import Options, RewardCard
-from rewardtune.recipe.sections import RewardSection
+from rewardtune.recipe.rewards import RewardSection
 from rewardtune.types import Score
 
 

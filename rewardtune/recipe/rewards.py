@@ -1,0 +1,65 @@
+"""`rewards:` of a recipe: what is maximised, and how a distribution becomes a number. No torch here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from rewardtune.recipe.section import Section
+
+
+class Expectation(Section):
+    """Mean of the distribution: Z-Reward Eq. 16."""
+
+    kind: Literal["expectation"] = "expectation"
+
+
+class MeanMinusDeviation(Section):
+    """Mean minus `weight` standard deviations: prefers images the reward is sure of."""
+
+    kind: Literal["mean-minus-deviation"]
+    weight: Annotated[float, Field(ge=0.0)] = 0.5
+
+
+class LowerTailMean(Section):
+    """Mean of the worst `share` of the distribution (conditional value at risk)."""
+
+    kind: Literal["lower-tail-mean"]
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+
+
+class Exceedance(Section):
+    """Probability that the score is at least `threshold`."""
+
+    kind: Literal["exceedance"]
+    threshold: float
+
+
+StatisticSection = Annotated[Expectation | MeanMinusDeviation | LowerTailMean | Exceedance, Field(discriminator="kind")]
+
+
+class RelativeSection(Section):
+    """SRPO's semantic relative reward (arXiv 2509.06942, Eq. 11): (1 + k) times the value under one phrase, less that
+    under its opposite. A bias that the reward has under both cancels."""
+
+    positive: str
+    """Goes before each prompt, as "positive. prompt"."""
+    negative: str
+    k: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class RewardSection(Section):
+    """One reward of the objective."""
+
+    name: str
+    """Name in `rewards list`."""
+    weight: float = 1.0
+    options: dict[str, Any] = {}
+    statistic: StatisticSection | None = None
+    """What to maximise of a distributional reward; its expectation when left out."""
+    dimensions: dict[str, float] | None = None
+    """Weight of each dimension of a distributional reward; equal when left out."""
+    ceiling: float | None = None
+    """Images that reach this value give no more gradient, as in ReFL's hinge (arXiv 2304.05977, Eq. 4)."""
+    relative: RelativeSection | None = None
