@@ -43,11 +43,14 @@ class Family:
     """A small pipeline with the scheduler class and settings of the published checkpoint."""
     cases: Sequence[Case]
     perturbations: Sequence[tuple[str, str, Any]]
-    """(component, config key, other value): constants that the adapter must read; each is changed in turn."""
+    """(component, config key or path of a buffer, other value): constants that the adapter must read; each is changed
+    in turn, a buffer in all its entries."""
     training: Callable[[Any, Tensor, Tensor, Tensor, Sequence[str]], tuple[Tensor, Tensor]] | None
     """(pipe, clean, noise, u, prompts) -> prediction and target of diffusers' training script, written out."""
     latents: Callable[[Any, Tensor], Tensor] | None
     """(pipe, images in [0, 1]) -> the latents that diffusers' training script trains on, posterior mode."""
+    unpack: Callable[[Any, Tensor, tuple[int, int]], Tensor] | None = None
+    """(pipe, result of `pipe(..., output_type="latent")`, size) -> the adapter's latents; None where they are equal."""
     sizes: Sequence[tuple[int, int]] = ((16, 16), (16, 24))
     bound: float = 0.0
     """Largest difference of an image; above 0 only with a reason in `why`."""

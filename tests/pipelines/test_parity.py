@@ -14,9 +14,14 @@ import torch
 from parity import Family, arguments, chain, generators, gradient, ours, reference
 
 from rewardtune.build import find_family
+from rewardtune.compare import reproduce
+from rewardtune.compare.sampling import Plan, sample_sides
+from rewardtune.compare.sides import Side
 from rewardtune.diffusion.parameterisation import shares, training_pair
 from rewardtune.gradients.draft import draft
 from rewardtune.plugins import Guidance
+from rewardtune.recipe.sections import PipelineSection
+from rewardtune.types import Prompt
 
 PAGE = Path(__file__).parents[2] / "docs/parity.md"
 FAMILIES = parity.families()
@@ -74,13 +79,31 @@ def test_the_call_says_what_the_guidance_means(family):
         assert {k: said.get(k) for k in case.call} == dict(case.call)
 
 
+def test_the_script_beside_a_report_draws_the_same(family, tmp_path, monkeypatch):
+    """`compare`'s images, with the family's guidance, again by diffusers alone."""
+    family.make().save_pretrained(tmp_path / "pipeline")
+    side = Side("base", "base", PipelineSection(model=str(tmp_path / "pipeline")))
+    guidance = guided(family).guidance
+    plan = Plan(
+        tuple(Prompt(p) for p in parity.PROMPTS), seeds=1, steps=2, guidance_scale=guidance.scale,
+        embedded_guidance=guidance.embedded, batch_size=2, size=family.sizes[1],
+    )  # fmt: skip
+    sample_sides([side], plan, tmp_path, device="cpu")
+    monkeypatch.setattr(reproduce, "HERE", tmp_path)
+    assert reproduce.draw("base") == 0
+
+
 def test_a_changed_constant_is_noticed(name, family):
     case, size = guided(family), family.sizes[0]
     wanted = reference(family.make(), case, size)
     for component, key, value in family.perturbations:
         pipe = family.make()
-        assert getattr(pipe, component).config[key] != value
-        getattr(pipe, component).register_to_config(**{key: value})
+        holder = getattr(pipe, component)
+        if key in holder.config:
+            assert holder.config[key] != value
+            holder.register_to_config(**{key: value})
+        else:
+            holder.get_buffer(key).fill_(value)
         assert (ours(family.adapter(pipe), case, size) - wanted).abs().max() > 1e-4, f"{component}.{key}"
     note(name, "constants", ", ".join(f"{c}.{k}" for c, k, _ in family.perturbations))
 
@@ -90,7 +113,10 @@ def test_full_chain_gradient_equals_autograd_through_the_call(name, family):
     size, case = family.sizes[0], guided(family)
     adapter = family.adapter(pipe)
     call = type(pipe).__call__.__wrapped__
-    wanted = gradient(adapter, lambda: call(pipe, **arguments(case, size), output_type="latent").images)
+    unpack = family.unpack or (lambda _, latents, size: latents)
+    wanted = gradient(
+        adapter, lambda: unpack(pipe, call(pipe, **arguments(case, size), output_type="latent").images, size)
+    )
     assert wanted.isfinite().all() and wanted.norm() > 0
     worst = 0.0
     for memory in ("fast", "flat"):
@@ -103,6 +129,17 @@ def test_full_chain_gradient_equals_autograd_through_the_call(name, family):
 def full_chain(adapter, guidance, size, memory, last_steps="all"):
     noise = adapter.noise(generators(), size)
     return draft(chain(adapter, guidance, size), noise, None, last_steps=last_steps, memory=memory).latents
+
+
+def test_a_trained_text_encoder_gets_a_gradient(family):
+    adapter = family.adapter(family.make())
+    encoder = adapter.trainable.get("text_encoder")
+    if encoder is None:
+        pytest.skip("the family trains no text encoder")
+    encoder.requires_grad_(True)
+    steps = chain(adapter, Guidance("off"), family.sizes[0])
+    steps.predict(0, adapter.noise(generators(), family.sizes[0])).pow(2).mean().backward()
+    assert any(p.grad is not None and p.grad.any() for p in encoder.parameters())
 
 
 def test_detached_negative_has_the_same_images_and_another_gradient(family):

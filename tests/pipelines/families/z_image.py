@@ -1,4 +1,4 @@
-"""Z-Image, base: FlowMatchEuler with shift 3, classifier-free guidance in the family's own sense (0 is off)."""
+"""Z-Image, base: FlowMatchEuler with shift 6, classifier-free guidance in the family's own sense (0 is off)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from parity import Case, Family
 from rewardtune.pipelines.z_image import ZImage
 
 from rewardtune.plugins import Guidance
+
+
+def make():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipe = tiny.z_image()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=6.0, use_dynamic_shifting=False)
+    return pipe
 
 
 def training(pipe, clean, noise, u, prompts):
@@ -31,7 +39,7 @@ def latents(pipe, images):
 FAMILY = Family(
     title="Z-Image",
     adapter=ZImage,
-    make=tiny.z_image,
+    make=make,
     cases=[
         Case("off", Guidance("off"), {"guidance_scale": 0.0}),
         Case("negative", Guidance("full", 3.0, "red"), {"guidance_scale": 3.0, "negative_prompt": "red"}),
