@@ -2,5 +2,6 @@
 
 TABLE = {
     "stable_diffusion": "rewardtune.pipelines.stable_diffusion:StableDiffusion",
+    "stable_diffusion_xl": "rewardtune.pipelines.stable_diffusion_xl:StableDiffusionXL",
     "z_image": "rewardtune.pipelines.z_image:ZImage",
 }

@@ -32,16 +32,12 @@ def z_image(seed: int = 0):
 def stable_diffusion(scheduler):
     """A StableDiffusionPipeline of about 60 thousand parameters: 16 x 16 pixels, 4 latent channels."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
     torch.manual_seed(0)
-    text = CLIPTextConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=16, bos_token_id=2, eos_token_id=3, pad_token_id=0, projection_dim=16,
-    )  # fmt: skip
     pipe = StableDiffusionPipeline(
         vae=autoencoder(scaling_factor=0.6),
-        text_encoder=CLIPTextModel(text),
+        text_encoder=CLIPTextModel(clip()),
         tokenizer=words(length=16),
         unet=UNet2DConditionModel(
             sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
@@ -51,6 +47,41 @@ def stable_diffusion(scheduler):
         scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     return ready(pipe)
+
+
+def stable_diffusion_xl(scheduler, *, force_zeros: bool = True, vae: dict | None = None, unet: dict | None = None):
+    """A StableDiffusionXLPipeline of about 70 thousand parameters: 16 x 16 pixels, 4 latent channels."""
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    pipe = StableDiffusionXLPipeline(
+        vae=autoencoder(scaling_factor=0.6, **(vae or {})),
+        text_encoder=CLIPTextModel(clip()),
+        text_encoder_2=CLIPTextModelWithProjection(clip()),
+        tokenizer=words(length=16),
+        tokenizer_2=words(length=16),
+        unet=UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+            norm_num_groups=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2),
+            cross_attention_dim=32, attention_head_dim=(2, 4), use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64,
+            **(unet or {}),
+        ),
+        scheduler=scheduler, force_zeros_for_empty_prompt=force_zeros, add_watermarker=False,
+    )  # fmt: skip
+    return ready(pipe)
+
+
+def clip():
+    """Configuration of a small CLIP text encoder."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=2, eos_token_id=3, pad_token_id=0, projection_dim=16,
+    )  # fmt: skip
 
 
 def words(*, length: int = 512, chat_template: str | None = None):
