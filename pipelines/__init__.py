@@ -1,7 +1,9 @@
 """Families of text-to-image pipelines. To add one: `pipelines/<family>.py` after `plugins.Pipeline`, and a row here."""
 
 TABLE = {
+    "pixart_sigma": "rewardtune.pipelines.pixart_sigma:PixArtSigma",
     "stable_diffusion": "rewardtune.pipelines.stable_diffusion:StableDiffusion",
+    "stable_diffusion_3": "rewardtune.pipelines.stable_diffusion_3:StableDiffusion3",
     "stable_diffusion_xl": "rewardtune.pipelines.stable_diffusion_xl:StableDiffusionXL",
     "z_image": "rewardtune.pipelines.z_image:ZImage",
 }
