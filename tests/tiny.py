@@ -32,16 +32,12 @@ def z_image(seed: int = 0):
 def stable_diffusion(scheduler):
     """A StableDiffusionPipeline of about 60 thousand parameters: 16 x 16 pixels, 4 latent channels."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
     torch.manual_seed(0)
-    text = CLIPTextConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=16, bos_token_id=2, eos_token_id=3, pad_token_id=0, projection_dim=16,
-    )  # fmt: skip
     pipe = StableDiffusionPipeline(
         vae=autoencoder(scaling_factor=0.6),
-        text_encoder=CLIPTextModel(text),
+        text_encoder=CLIPTextModel(clip()),
         tokenizer=words(length=16),
         unet=UNet2DConditionModel(
             sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
@@ -53,8 +49,93 @@ def stable_diffusion(scheduler):
     return ready(pipe)
 
 
-def words(*, length: int = 512, chat_template: str | None = None):
-    """A tokenizer of whole words: `<s> words </s>`, padded on the right."""
+def stable_diffusion_xl(scheduler, *, force_zeros: bool = True, vae: dict | None = None, unet: dict | None = None):
+    """A StableDiffusionXLPipeline of about 70 thousand parameters: 16 x 16 pixels, 4 latent channels."""
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    pipe = StableDiffusionXLPipeline(
+        vae=autoencoder(scaling_factor=0.6, **(vae or {})),
+        text_encoder=CLIPTextModel(clip()),
+        text_encoder_2=CLIPTextModelWithProjection(clip()),
+        tokenizer=words(length=16),
+        tokenizer_2=words(length=16),
+        unet=UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+            norm_num_groups=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2),
+            cross_attention_dim=32, attention_head_dim=(2, 4), use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64,
+            **(unet or {}),
+        ),
+        scheduler=scheduler, force_zeros_for_empty_prompt=force_zeros, add_watermarker=False,
+    )  # fmt: skip
+    return ready(pipe)
+
+
+def stable_diffusion_3(*, t5: bool = True, scheduler: dict | None = None, transformer: dict | None = None):
+    """A StableDiffusion3Pipeline of about 60 thousand parameters: 16 x 16 pixels, 4 latent channels."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    pipe = StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+            num_attention_heads=2, joint_attention_dim=40, caption_projection_dim=16, pooled_projection_dim=32,
+            pos_embed_max_size=8, **(transformer or {}),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **(scheduler or {})}),
+        vae=autoencoder(scaling_factor=0.6, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=CLIPTextModelWithProjection(clip()),
+        tokenizer=words(length=16),
+        text_encoder_2=CLIPTextModelWithProjection(clip()),
+        tokenizer_2=words(length=16),
+        text_encoder_3=t5_encoder(40) if t5 else None,
+        tokenizer_3=words(end_only=True) if t5 else None,
+    )  # fmt: skip
+    return ready(pipe)
+
+
+def pixart_sigma():
+    """A PixArtSigmaPipeline of about 30 thousand parameters: 16 x 16 pixels, 4 latent channels and their variance."""
+    from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    pipe = PixArtSigmaPipeline(
+        tokenizer=words(end_only=True),
+        text_encoder=t5_encoder(24),
+        vae=autoencoder(scaling_factor=0.6),
+        transformer=PixArtTransformer2DModel(
+            sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=2, in_channels=4, out_channels=8,
+            cross_attention_dim=16, caption_channels=24, use_additional_conditions=False,
+        ),
+        scheduler=DPMSolverMultistepScheduler(),
+    )  # fmt: skip
+    return ready(pipe)
+
+
+def t5_encoder(width: int):
+    """A small T5 encoder."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(vocab_size=32, d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")  # fmt: skip
+    return T5EncoderModel(config)
+
+
+def clip():
+    """Configuration of a small CLIP text encoder."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=2, eos_token_id=3, pad_token_id=0, projection_dim=16,
+    )  # fmt: skip
+
+
+def words(*, length: int = 512, chat_template: str | None = None, end_only: bool = False):
+    """A tokenizer of whole words: `<s> words </s>` (T5 has only the end's token), padded on the right."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -63,7 +144,8 @@ def words(*, length: int = 512, chat_template: str | None = None):
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if chat_template is None:
-        core.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 2), ("</s>", 3)])
+        form = "$A </s>" if end_only else "<s> $A </s>"
+        core.post_processor = processors.TemplateProcessing(form, None, [("<s>", 2), ("</s>", 3)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
         model_max_length=length, chat_template=chat_template, padding_side="right",

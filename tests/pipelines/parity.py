@@ -44,7 +44,7 @@ class Family:
     cases: Sequence[Case]
     perturbations: Sequence[tuple[str, str, Any]]
     """(component, config key or path of a buffer, other value): constants that the adapter must read; each is changed
-    in turn, a buffer in all its entries."""
+    in turn, a buffer in all its entries. The component `pipeline` is the pipeline itself."""
     training: Callable[[Any, Tensor, Tensor, Tensor, Sequence[str]], tuple[Tensor, Tensor]] | None
     """(pipe, clean, noise, u, prompts) -> prediction and target of diffusers' training script, written out."""
     latents: Callable[[Any, Tensor], Tensor] | None

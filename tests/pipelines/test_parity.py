@@ -98,7 +98,7 @@ def test_a_changed_constant_is_noticed(name, family):
     wanted = reference(family.make(), case, size)
     for component, key, value in family.perturbations:
         pipe = family.make()
-        holder = getattr(pipe, component)
+        holder = pipe if component == "pipeline" else getattr(pipe, component)
         if key in holder.config:
             assert holder.config[key] != value
             holder.register_to_config(**{key: value})
