@@ -55,6 +55,8 @@ class Family:
     bound: float = 0.0
     """Largest difference of an image; above 0 only with a reason in `why`."""
     why: str = ""
+    difference: float = 2e-2
+    """The step of the finite differences: short where a network has kinks."""
     lora_modules: Sequence[str] = field(default_factory=tuple)
     """Modules whose adapters are exported and loaded again; the denoiser when empty."""
 
