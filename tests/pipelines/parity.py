@@ -43,8 +43,8 @@ class Family:
     """A small pipeline with the scheduler class and settings of the published checkpoint."""
     cases: Sequence[Case]
     perturbations: Sequence[tuple[str, str, Any]]
-    """(component, config key, other value): constants that the adapter must read; each is changed in turn. The component
-    `pipeline` is the pipeline itself."""
+    """(component, config key, other value): constants that the adapter must read; each is changed in turn. The
+    component `pipeline` is the pipeline itself."""
     training: Callable[[Any, Tensor, Tensor, Tensor, Sequence[str]], tuple[Tensor, Tensor]] | None
     """(pipe, clean, noise, u, prompts) -> prediction and target of diffusers' training script, written out."""
     latents: Callable[[Any, Tensor], Tensor] | None
