@@ -74,6 +74,10 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
     trainable = _trainable(pipeline, recipe)
     if recipe.train.compile:
         denoiser: Any = pipeline.trainable[pipeline.denoiser]
+        if not getattr(denoiser, "_repeated_blocks", None):
+            raise RecipeError(
+                f"train.compile: diffusers does not say which blocks of {type(denoiser).__name__} repeat. Leave it out."
+            )
         denoiser.compile_repeated_blocks()
     samples = _sampler(pipeline, recipe.samples)
     exporter = _exporter(pipeline, recipe)
@@ -203,10 +207,10 @@ def _trainable(pipeline: Pipeline, recipe: SftRecipe | DirectRewardRecipe) -> di
         )
     modules = {name: pipeline.trainable[name] for name in names}
     if recipe.lora is not None:
-        loadable = pipeline.pipe._lora_loadable_modules
+        loadable = lora.loadable(pipeline)
         if not set(modules) <= set(loadable):
             raise RecipeError(
-                f"diffusers loads adapters of {', '.join(loadable)} for the family {pipeline.family!r}, so "
+                f"adapters of {', '.join(loadable)} can be loaded for the family {pipeline.family!r}, so "
                 f"lora.modules {list(modules)} could not be used afterwards. Leave the others out, or train them with "
                 "`full:`."
             )

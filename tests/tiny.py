@@ -111,7 +111,12 @@ def pixart_sigma():
             sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=2, in_channels=4, out_channels=8,
             cross_attention_dim=16, caption_channels=24, use_additional_conditions=False,
         ),
-        scheduler=DPMSolverMultistepScheduler(),
+        # written out, though these are the defaults: a value that was left out would be taken for the class's own later
+        scheduler=DPMSolverMultistepScheduler(
+            num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear", solver_order=2,
+            prediction_type="epsilon", algorithm_type="dpmsolver++", solver_type="midpoint", lower_order_final=True,
+            timestep_spacing="linspace", use_karras_sigmas=False,
+        ),
     )  # fmt: skip
     return ready(pipe)
 
@@ -120,7 +125,9 @@ def t5_encoder(width: int):
     """A small T5 encoder."""
     from transformers import T5Config, T5EncoderModel
 
-    config = T5Config(vocab_size=32, d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")  # fmt: skip
+    config = T5Config(
+        vocab_size=32, d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )  # fmt: skip
     return T5EncoderModel(config)
 
 

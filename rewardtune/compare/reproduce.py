@@ -37,10 +37,18 @@ def draw(side: str) -> int:
     load = record["load"]
     family: Any = diffusers.DiffusionPipeline
     pipe = family.from_pretrained(
-        load["path"], revision=load["revision"], dtype=torch.float32, use_safetensors=True
-    ).to(sampling["device"])
-    if record["lora"]:
-        pipe.load_lora_weights(str(folder / record["lora"]), weight_name="pytorch_lora_weights.safetensors")
+        load["path"], revision=load["revision"], dtype=torch.float32, use_safetensors=True,
+        **dict.fromkeys(load.get("without", ())),
+    ).to(sampling["device"])  # fmt: skip
+    if getattr(pipe, "watermark", None) is not None:
+        pipe.watermark = None  # the images to compare with have none
+    lora = str(folder / record["lora"]) if record["lora"] else None
+    if lora and hasattr(pipe, "load_lora_weights"):
+        pipe.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
+    elif lora:
+        from peft import PeftModel
+
+        pipe.transformer = PeftModel.from_pretrained(pipe.transformer, lora)
     pipe.set_progress_bar_config(disable=True)
 
     target.mkdir(parents=True, exist_ok=True)

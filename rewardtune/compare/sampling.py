@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from rewardtune.compare.files import sha256, write_bytes
-from rewardtune.compare.sides import Side
+from rewardtune.compare.sides import Side, lora_file
 from rewardtune.plugins import Guidance, Pipeline
 from rewardtune.progress import Progress
 from rewardtune.randomness import key
 from rewardtune.types import Prompt
 
 RECORD = "sampling.json"
-_LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,8 @@ def image_file(prompt: int, seed: int) -> str:
 
 def sample_sides(sides: Sequence[Side], plan: Plan, out: Path, *, device: str) -> None:
     """Draw what is missing under `out/images/<side>/`. A pipeline that several sides share is loaded once."""
+    from rewardtune.diffusion import lora
+
     progress = Progress("drawing images", len(sides) * len(plan.items))
     loaded: tuple[Any, Pipeline] | None = None
     for side in sides:
@@ -79,10 +80,10 @@ def sample_sides(sides: Sequence[Side], plan: Plan, out: Path, *, device: str) -
             loaded = (side.pipeline, load_pipeline(side.pipeline, device=device))
         pipeline = loaded[1]
         if side.lora is not None:
-            pipeline.pipe.load_lora_weights(str(side.lora), weight_name=_LORA_FILE)
+            lora.load(pipeline, side.lora)
         _draw(pipeline, side, plan, folder, missing, device=device, progress=progress)
         if side.lora is not None:
-            pipeline.pipe.unload_lora_weights()
+            lora.unload(pipeline)
 
 
 def _draw(
@@ -151,7 +152,7 @@ def _fingerprint(side: Side, plan: Plan, device: str) -> dict[str, Any]:
     return {
         "format": 1,
         "pipeline": {**side.pipeline.model_dump(), "weights": _weights(side.pipeline.model)},
-        "lora_sha256": sha256(side.lora / _LORA_FILE) if side.lora else None,
+        "lora_sha256": sha256(file) if side.lora and (file := lora_file(side.lora)) else None,
         "sampling": {
             "num_inference_steps": plan.steps,
             "guidance_scale": plan.guidance_scale,
@@ -182,6 +183,7 @@ def _provenance(
             "path": str(Path(path).resolve()) if Path(path).exists() else path,
             "revision": side.pipeline.revision,
             "class": type(pipeline.pipe).__name__,
+            "without": sorted(name for name, part in pipeline.pipe.components.items() if part is None),
         },
         # relative to this folder, so that a run folder can be moved as a whole
         "lora": os.path.relpath(side.lora.resolve(), folder.resolve()) if side.lora else None,

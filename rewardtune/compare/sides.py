@@ -23,7 +23,8 @@ from rewardtune.training.run_folder import read_recipe
 BASE = "base"
 """Names the start of the first run among the sides."""
 Diffusion = SftRecipe | DirectRewardRecipe
-_LORA = "pytorch_lora_weights.safetensors"
+_LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""diffusers' name, and peft's for the families whose adapters diffusers has no loader for."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Side:
     """One contestant.
 
     name: unique, safe as a folder name. given: what the command line said. pipeline: what to load. lora: a folder with
-    diffusers' LoRA file, or None. recipe: what it was trained with, where that is known.
+    an exported LoRA, or None. recipe: what it was trained with, where that is known.
     """
 
     name: str
@@ -118,19 +119,25 @@ def _resolve(reference: str) -> Side:
         return _from_export(reference, folder, read_run_recipe(folder.parent))
     if (folder / "model_index.json").is_file():
         return Side("", reference, PipelineSection(model=str(folder)), known=False)
-    if _lora_file(folder) is not None:
+    if lora_file(folder) is not None:
         return _from_lora(reference, folder)
     raise RecipeError(
-        f"{reference}: neither a run folder (recipe.json), nor an exported LoRA ({_LORA}), nor a diffusers pipeline "
-        "(model_index.json)."
+        f"{reference}: neither a run folder (recipe.json), nor an exported LoRA ({_LORA_FILES[0]}), nor a diffusers "
+        "pipeline (model_index.json)."
     )
+
+
+def lora_file(folder: Path) -> Path | None:
+    """The LoRA of a folder, which may be named itself too."""
+    files = [folder / name for name in _LORA_FILES] if folder.is_dir() else [folder]
+    return next((file for file in files if file.name in _LORA_FILES and file.is_file()), None)
 
 
 def _from_export(reference: str, export: Path, recipe: Diffusion) -> Side:
     if (export / "model_index.json").is_file():
         section = recipe.pipeline.model_copy(update={"model": str(export), "revision": None})
         return Side("", reference, section, recipe=recipe)
-    if _lora_file(export) is not None:
+    if lora_file(export) is not None:
         return Side("", reference, recipe.pipeline, lora=export, recipe=recipe)
     raise RecipeError(
         f"{reference}: the run has no finished export yet (looked in {export}). "
@@ -145,16 +152,11 @@ def _start(found: Sequence[Side | None]) -> Side | None:
     return None
 
 
-def _lora_file(folder: Path) -> Path | None:
-    file = folder / _LORA if folder.is_dir() else folder
-    return file if file.name == _LORA and file.is_file() else None
-
-
 def _from_lora(reference: str, folder: Path) -> Side:
     """A bare LoRA: its own metadata names the base model, and our exports carry their recipe."""
     from safetensors import SafetensorError, safe_open
 
-    file = _lora_file(folder)
+    file = lora_file(folder)
     assert file is not None
     try:
         with safe_open(str(file), framework="numpy") as tensors:
@@ -178,7 +180,7 @@ def _from_lora(reference: str, folder: Path) -> Side:
 def _named(side: Side, section: PipelineSection, taken: set[str]) -> Side:
     """The side with a short name of its own: the folder's, the model's, or `base`."""
     path = Path(side.given.removeprefix(PREFIX).rstrip("/"))
-    word = path.parent.name if path.name in ("export", _LORA) else path.name
+    word = path.parent.name if path.name in ("export", *_LORA_FILES) else path.name
     if side.given in (".", "..") or not word:
         word = Path(side.given).resolve().name
     word = re.sub(r"[^A-Za-z0-9._-]+", "-", word).strip("-.") or "side"

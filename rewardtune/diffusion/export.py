@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from rewardtune.data.references import PREFIX, resolve
+from rewardtune.diffusion.lora import ADAPTER, FILE, PEFT_FILE, load
 from rewardtune.diffusion.rollout import sample
 from rewardtune.errors import CheckFailed
 from rewardtune.plugins import Guidance, Pipeline
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILE = FILE
 _THIS = '"path/to/this/folder"'
 """How a card's example names the folder that it lies in: folders are moved and uploaded."""
 _PROBE_STEPS = 2
@@ -24,40 +26,56 @@ _PROBE_STEPS = 2
 def lora(pipeline: Pipeline, modules: Sequence[str], folder: Path, provenance: Mapping[str, str], *, base: str) -> None:
     """Write the adapters in diffusers' keys, with alpha = rank so that every loader applies them at full strength.
 
-    Raises CheckFailed when a fresh pipeline with the file does not give the trained pipeline's images.
+    Where diffusers has no loader for the family's adapters, the folder is peft's. Raises CheckFailed when a fresh
+    pipeline with the file does not give the trained pipeline's images.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file, save_file
 
-    layers: dict[str, Any] = {}
+    states, configs = {}, {}
     for name in modules:
         module: Any = pipeline.trainable[name]
-        config = module.peft_config["default"].to_dict()
-        scale = config["lora_alpha"] / config["r"]
-        state = get_peft_model_state_dict(module)
-        layers[f"{name}_lora_layers"] = {
-            k: (v * scale if "lora_B" in k else v).detach().cpu().contiguous() for k, v in state.items()
+        config = copy.copy(module.peft_config[ADAPTER])
+        scale = config.lora_alpha / config.r
+        states[name] = {
+            k: (v * scale if "lora_B" in k else v).detach().cpu().contiguous()
+            for k, v in get_peft_model_state_dict(module).items()
         }
+        config.lora_alpha = config.r
         # peft keeps a set; sorted, the same run says the same in every process
-        targets = sorted(config["target_modules"])
-        layers[f"{name}_lora_adapter_metadata"] = {**config, "lora_alpha": config["r"], "target_modules": targets}
-    type(pipeline.pipe).save_lora_weights(str(folder), **layers)
-    file = folder / LORA_FILE
+        config.target_modules = sorted(config.target_modules)
+        configs[name] = config
+    save = getattr(pipeline.pipe, "save_lora_weights", None)
+    if save is not None:
+        layers = {f"{name}_lora_layers": state for name, state in states.items()}
+        save(str(folder), **layers, **{f"{name}_lora_adapter_metadata": c.to_dict() for name, c in configs.items()})
+        file = folder / LORA_FILE
+    else:
+        (name,) = modules
+        configs[name].save_pretrained(str(folder))
+        file = folder / PEFT_FILE
+        save_file({f"base_model.model.{k}": v for k, v in states[name].items()}, file, metadata={"format": "pt"})
     with _open(file) as handle:
         metadata = handle.metadata() or {}
     save_file(load_file(file), file, metadata={**metadata, **_flat(provenance, base)})
     _check_lora(pipeline, modules, folder, base)
-    _write_card(folder, provenance, base=base, adapters=True)
+    _write_card(folder, provenance, pipeline, base=base, adapters=True)
 
 
 def pipeline(trained: Pipeline, folder: Path, provenance: Mapping[str, str], *, base: str) -> None:
     """Write the whole pipeline. Raises CheckFailed when it does not reload to the same images."""
     trained.pipe.save_pretrained(folder, safe_serialization=True)
-    fresh = type(trained.pipe).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    without = dict.fromkeys(absent(trained.pipe))
+    fresh = type(trained.pipe).from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **without)
     for name, module in trained.trainable.items():
         _assert_same(name, module, getattr(fresh, name))
     (folder / "rewardtune.json").write_text(json.dumps(_flat(provenance, base), indent=1) + "\n")
-    _write_card(folder, provenance, base=base, adapters=False)
+    _write_card(folder, provenance, trained, base=base, adapters=False)
+
+
+def absent(pipe: Any) -> list[str]:
+    """Components that a pipeline was loaded without though its class asks for them; loading again must say so again."""
+    return sorted(n for n, part in pipe.components.items() if part is None and n not in pipe._optional_components)
 
 
 def probe(pipe: Pipeline) -> Tensor:
@@ -74,17 +92,17 @@ def _check_lora(trained: Pipeline, modules: Sequence[str], folder: Path, base: s
     fresh = type(trained).load(resolve(base), options, revision=None, dtype=dtype, device=str(device))  # type: ignore[attr-defined]
     fresh.pipe.set_progress_bar_config(disable=True)
     untouched = probe(fresh)
-    fresh.pipe.load_lora_weights(str(folder), weight_name=LORA_FILE)
+    load(fresh, folder)
     loaded, wanted = probe(fresh), probe(trained)
     if not torch.allclose(loaded, wanted, atol=1e-5):
         raise CheckFailed(
-            f"the exported adapters in {folder} do not give the trained pipeline's image when diffusers loads them "
+            f"the exported adapters in {folder} do not give the trained pipeline's image when they are loaded "
             f"(largest difference {(loaded - wanted).abs().max():.2g}). The checkpoints of the run are untouched; "
             "please report this with the output of `rewardtune env`."
         )
     changed = any(bool(p.any()) for m in modules for n, p in trained.trainable[m].named_parameters() if "lora_B" in n)
     if changed and torch.equal(loaded, untouched):
-        raise CheckFailed(f"diffusers loads {folder / LORA_FILE} without any effect; please report this.")
+        raise CheckFailed(f"the exported adapters in {folder} load without any effect; please report this.")
 
 
 def _assert_same(name: str, left: nn.Module, right: nn.Module) -> None:
@@ -106,7 +124,7 @@ def _flat(provenance: Mapping[str, str], base: str) -> dict[str, str]:
     }
 
 
-def _write_card(folder: Path, provenance: Mapping[str, str], *, base: str, adapters: bool) -> None:
+def _write_card(folder: Path, provenance: Mapping[str, str], trained: Pipeline, *, base: str, adapters: bool) -> None:
     import yaml
 
     shipped = base.startswith(PREFIX)
@@ -120,8 +138,14 @@ def _write_card(folder: Path, provenance: Mapping[str, str], *, base: str, adapt
     imports, start = ["from diffusers import DiffusionPipeline"], f'"{base}"' if adapters else _THIS
     if adapters and shipped:
         imports, start = [*imports, "from rewardtune.data.references import resolve"], f"resolve({start})"
-    how = [*imports, "", f"pipe = DiffusionPipeline.from_pretrained({start})"]
-    if adapters:
+    peft = adapters and not hasattr(trained.pipe, "load_lora_weights")
+    if peft:
+        imports.append("from peft import PeftModel")
+    without = "".join(f", {name}=None" for name in absent(trained.pipe))
+    how = [*imports, "", f"pipe = DiffusionPipeline.from_pretrained({start}{without})"]
+    if peft:
+        how.append(f"pipe.{trained.denoiser} = PeftModel.from_pretrained(pipe.{trained.denoiser}, {_THIS})")
+    elif adapters:
         how.append(f"pipe.load_lora_weights({_THIS})")
     example = "\n".join(how)
     facts = "\n".join(f"| {k} | `{str(v)[:200]}` |" for k, v in sorted(provenance.items()))

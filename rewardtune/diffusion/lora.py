@@ -1,18 +1,25 @@
-"""Low-rank adapters through peft: put on by `build.py`, switched off for the frozen start, listed for export."""
+"""Low-rank adapters through peft: put on by `build.py`, switched off for the frozen start, listed for export and read
+from it again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rewardtune.errors import RecipeError
+from rewardtune.plugins import Pipeline
 from rewardtune.randomness import key
 
 ADAPTER = "default"
+FILE = "pytorch_lora_weights.safetensors"
+"""diffusers' name."""
+PEFT_FILE = "adapter_model.safetensors"
+"""peft's name, for the families whose adapters diffusers has no loader for."""
 
 
 def attach(
@@ -87,6 +94,32 @@ def state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         for name, module in modules.items()
         for path, tensor in get_peft_model_state_dict(module, adapter_name=ADAPTER).items()
     }
+
+
+def loadable(pipeline: Pipeline) -> Sequence[str]:
+    """Modules whose exported adapters can be put on a pipeline again."""
+    modules: Sequence[str] = getattr(pipeline.pipe, "_lora_loadable_modules", (pipeline.denoiser,))
+    return modules
+
+
+def load(pipeline: Pipeline, folder: Path) -> None:
+    """Put exported adapters on, as a user of the family does: with diffusers' loader or, where it has none, peft's."""
+    pipe = pipeline.pipe
+    if hasattr(pipe, "load_lora_weights"):
+        pipe.load_lora_weights(str(folder), weight_name=FILE)
+        return
+    from peft import PeftModel
+
+    setattr(pipe, pipeline.denoiser, PeftModel.from_pretrained(getattr(pipe, pipeline.denoiser), str(folder)))
+
+
+def unload(pipeline: Pipeline) -> None:
+    """Take off what `load` put on."""
+    pipe = pipeline.pipe
+    if hasattr(pipe, "unload_lora_weights"):
+        pipe.unload_lora_weights()
+    else:
+        setattr(pipe, pipeline.denoiser, getattr(pipe, pipeline.denoiser).unload())
 
 
 def _linear_names(module: nn.Module) -> list[str]:

@@ -120,7 +120,6 @@ class DirectReward:
         return {}
 
     def _encode(self, prompts: Sequence[Prompt]) -> Any:
-        """Conditioning; with graph only where a text encoder is trained."""
-        encoder = self.trainable.get("text_encoder")
-        with torch.set_grad_enabled(encoder is not None):
+        """Conditioning; with graph only where a text encoder is trained, any of them."""
+        with torch.set_grad_enabled(any(name != self.pipeline.denoiser for name in self.trainable)):
             return self.pipeline.encode(prompts, self.guidance)

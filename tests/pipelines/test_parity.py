@@ -159,6 +159,19 @@ def test_detached_negative_has_the_same_images_and_another_gradient(family):
     assert torch.equal(*latents)
 
 
+def test_every_text_encoder_that_may_be_trained_gets_a_gradient(family):
+    case, size = guided(family), family.sizes[0]
+    adapter = family.adapter(family.make())
+    for name, module in adapter.trainable.items():
+        if name == adapter.denoiser:
+            continue
+        weights = list(module.requires_grad_(True).parameters())
+        latents = full_chain(adapter, case.guidance, size, "flat", 1)
+        parts = torch.autograd.grad(latents.pow(2).mean(), weights, allow_unused=True)
+        module.requires_grad_(False)
+        assert any(part is not None and part.isfinite().all() and part.norm() > 0 for part in parts), name
+
+
 def test_gradient_agrees_with_finite_differences(name, family):
     case, size = guided(family), family.sizes[0]
     adapter = family.adapter(family.make())
@@ -284,10 +297,15 @@ def test_exported_adapters_load_to_the_same_image(name, family, tmp_path):
     fresh = DiffusionPipeline.from_pretrained(base)
     fresh.set_progress_bar_config(disable=True)
     untouched = export.probe(family.adapter(fresh))
-    fresh.load_lora_weights(str(folder))
+    if hasattr(fresh, "load_lora_weights"):
+        fresh.load_lora_weights(str(folder))
+    else:  # diffusers has no loader for the family, so its users take peft's
+        from peft import PeftModel
+
+        setattr(fresh, adapter.denoiser, PeftModel.from_pretrained(getattr(fresh, adapter.denoiser), folder))
     assert torch.allclose(export.probe(family.adapter(fresh)), export.probe(adapter), atol=1e-5)
     assert not torch.allclose(export.probe(family.adapter(fresh)), untouched, atol=1e-3)
-    note(name, "lora", "same image")
+    note(name, "lora", "same image" if hasattr(fresh, "load_lora_weights") else "same image, through peft")
 
 
 def test_the_page_shows_these_results(request):

@@ -1,4 +1,4 @@
-"""PixArt-Sigma: DPM-Solver++ as published, that is at diffusers' defaults (linear betas, linspace), learned variance."""
+"""PixArt-Sigma: DPM-Solver++ as published, which is diffusers' defaults (linear betas, linspace), learned variance."""
 
 from __future__ import annotations
 
