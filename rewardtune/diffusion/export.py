@@ -89,11 +89,17 @@ def _check_lora(trained: Pipeline, modules: Sequence[str], folder: Path, base: s
     options = getattr(trained, "options", None)
     device = next(next(iter(trained.trainable.values())).parameters()).device
     dtype = next(p.dtype for n, p in trained.trainable[modules[0]].named_parameters() if "lora_" not in n)
-    fresh = type(trained).load(resolve(base), options, revision=None, dtype=dtype, device=str(device))  # type: ignore[attr-defined]
-    fresh.pipe.set_progress_bar_config(disable=True)
-    untouched = probe(fresh)
-    load(fresh, folder)
-    loaded, wanted = probe(fresh), probe(trained)
+    wanted = probe(trained)
+    trained.pipe.to("cpu")  # the largest pipelines fit on a device once, not twice
+    try:
+        fresh = type(trained).load(resolve(base), options, revision=None, dtype=dtype, device=str(device))  # type: ignore[attr-defined]
+        fresh.pipe.set_progress_bar_config(disable=True)
+        untouched = probe(fresh)
+        load(fresh, folder)
+        loaded = probe(fresh)
+        del fresh
+    finally:
+        trained.pipe.to(device)
     if not torch.allclose(loaded, wanted, atol=1e-5):
         raise CheckFailed(
             f"the exported adapters in {folder} do not give the trained pipeline's image when they are loaded "

@@ -149,3 +149,17 @@ def test_exported_adapters_load_in_diffusers_to_the_same_image(tmp_path):
         targets = json.loads(file.metadata()["lora_adapter_metadata"])["transformer.target_modules"]
     assert targets == sorted(targets) and len(targets) == len(adapter.lora_targets["transformer"])
     assert 'pipe.load_lora_weights("path/to/this/folder")' in (folder / "README.md").read_text()
+
+
+def test_the_trained_pipeline_makes_room_for_the_one_that_an_export_is_checked_with(tmp_path, monkeypatch):
+    """The largest pipelines fit on a device once."""
+    base, folder, moves = tmp_path / "base", tmp_path / "export", []
+    tiny.z_image().save_pretrained(base)
+    folder.mkdir()
+    adapter = ZImage.load(str(base), ZImage.Config(), revision=None, dtype=torch.float32, device="cpu")
+    lora.attach({"transformer": adapter.pipe.transformer}, rank=2, targets=adapter.lora_targets)
+    load = ZImage.load
+    adapter.pipe.to = lambda where: moves.append(f"to {where}")
+    monkeypatch.setattr(ZImage, "load", lambda *given, **named: moves.append("load") or load(*given, **named))
+    export.lora(adapter, ["transformer"], folder, {"name": "test", "step": "3"}, base=str(base))
+    assert moves == ["to cpu", "load", "to cpu"], "aside, the other one, and back to where it was"
