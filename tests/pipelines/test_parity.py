@@ -131,17 +131,6 @@ def full_chain(adapter, guidance, size, memory, last_steps="all"):
     return draft(chain(adapter, guidance, size), noise, None, last_steps=last_steps, memory=memory).latents
 
 
-def test_a_trained_text_encoder_gets_a_gradient(family):
-    adapter = family.adapter(family.make())
-    encoder = adapter.trainable.get("text_encoder")
-    if encoder is None:
-        pytest.skip("the family trains no text encoder")
-    encoder.requires_grad_(True)
-    steps = chain(adapter, Guidance("off"), family.sizes[0])
-    steps.predict(0, adapter.noise(generators(), family.sizes[0])).pow(2).mean().backward()
-    assert any(p.grad is not None and p.grad.any() for p in encoder.parameters())
-
-
 def test_detached_negative_has_the_same_images_and_another_gradient(family):
     case, size = guided(family), family.sizes[0]
     if case.guidance.mode != "full":

@@ -12,8 +12,8 @@ import tiny
 import torch
 from parity import Case
 
+from families.flux_2_klein import CONSTANTS, autoencoder, scheduler, transformer
 from families.flux_2_klein import FAMILY as KLEIN
-from families.flux_2_klein import autoencoder, scheduler, transformer
 from rewardtune.plugins import Guidance
 
 
@@ -54,5 +54,6 @@ FAMILY = replace(
         Case("off", Guidance("off"), {}),
         Case("ignored", Guidance("detached-negative", 3.0, embedded=2.5), {"guidance_scale": 2.5}),
     ],
+    perturbations=CONSTANTS,
     unpack=unpack,
 )

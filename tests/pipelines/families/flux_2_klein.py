@@ -99,6 +99,12 @@ def latents(pipe, images):
     return normalised(pipe.vae, pipe._patchify_latents(pipe.vae.encode(images * 2 - 1).latent_dist.mode()))
 
 
+CONSTANTS = [
+    ("vae", "batch_norm_eps", 0.1),
+    ("vae", "bn.running_mean", 0.1),
+    ("vae", "bn.running_var", 1.1),
+    ("scheduler", "use_dynamic_shifting", False),
+]
 FAMILY = Family(
     title="FLUX.2 Klein, base",
     adapter=Flux2,
@@ -108,12 +114,7 @@ FAMILY = Family(
         Case("stronger", Guidance("full", 4.0), {"guidance_scale": 4.0}),
         Case("guided", Guidance("full", 2.0), {"guidance_scale": 2.0}),
     ],
-    perturbations=[
-        ("vae", "batch_norm_eps", 0.1),
-        ("vae", "bn.running_mean", 0.1),
-        ("vae", "bn.running_var", 1.1),
-        ("scheduler", "use_dynamic_shifting", False),
-    ],
+    perturbations=[*CONSTANTS, ("pipeline", "is_distilled", True)],
     training=training,
     latents=latents,
     unpack=unpack,

@@ -7,8 +7,8 @@ from functools import partial
 
 from parity import Case
 
+from families.flux_2_klein import CONSTANTS, make
 from families.flux_2_klein import FAMILY as BASE
-from families.flux_2_klein import make
 from rewardtune.plugins import Guidance
 
 FAMILY = replace(
@@ -16,4 +16,5 @@ FAMILY = replace(
     title="FLUX.2 Klein, distilled",
     make=partial(make, is_distilled=True),
     cases=[Case("ignored", Guidance("detached-negative", 4.0), {})],
+    perturbations=[*CONSTANTS, ("pipeline", "is_distilled", False)],
 )
