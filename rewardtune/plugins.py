@@ -103,6 +103,8 @@ class Pipeline(Protocol):
     """The checkpoint's own scheduler."""
     denoiser: str
     """Which of `trainable` predicts: transformer, or unet."""
+    comfyui: Literal["diffusers", "kohya"] | None
+    """Whose names of adapters ComfyUI accepts for the family; None where it is not known to accept any."""
     image_size: tuple[int, int]
     """Height and width that a recipe gets when it names none."""
     size_multiple: int

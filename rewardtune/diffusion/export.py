@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rewardtune.data.references import PREFIX, resolve
+from rewardtune.diffusion import lora as lora_module
 from rewardtune.diffusion.lora import ADAPTER, FILE, PEFT_FILE, load
 from rewardtune.diffusion.rollout import sample
 from rewardtune.errors import CheckFailed
@@ -57,7 +58,7 @@ def lora(pipeline: Pipeline, modules: Sequence[str], folder: Path, provenance: M
         save_file({f"base_model.model.{k}": v for k, v in states[name].items()}, file, metadata={"format": "pt"})
     with _open(file) as handle:
         metadata = handle.metadata() or {}
-    save_file(load_file(file), file, metadata={**metadata, **_flat(provenance, base)})
+    save_file(load_file(file), file, metadata={**metadata, **provenance_metadata(provenance, base)})
     _check_lora(pipeline, modules, folder, base)
     _write_card(folder, provenance, pipeline, base=base, adapters=True)
 
@@ -69,8 +70,27 @@ def pipeline(trained: Pipeline, folder: Path, provenance: Mapping[str, str], *, 
     fresh = type(trained.pipe).from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **without)
     for name, module in trained.trainable.items():
         _assert_same(name, module, getattr(fresh, name))
-    (folder / "rewardtune.json").write_text(json.dumps(_flat(provenance, base), indent=1) + "\n")
+    (folder / "rewardtune.json").write_text(json.dumps(provenance_metadata(provenance, base), indent=1) + "\n")
     _write_card(folder, provenance, trained, base=base, adapters=False)
+
+
+def merged(
+    trained: Pipeline, modules: Sequence[str], folder: Path, provenance: Mapping[str, str], *, base: str
+) -> None:
+    """Fold the adapters into the weights, for good, and write the whole pipeline.
+
+    Raises CheckFailed when that changes the images beyond rounding.
+    """
+    before = probe(trained)
+    lora_module.merge({name: trained.trainable[name] for name in modules})
+    after = probe(trained)
+    if not torch.allclose(before, after, atol=1e-3):
+        raise CheckFailed(
+            "the merged weights do not give the adapters' image (largest difference "
+            f"{(before - after).abs().max():.2g}); the run's checkpoints are untouched. Please report this with the "
+            "output of `rewardtune env`."
+        )
+    pipeline(trained, folder, provenance, base=base)
 
 
 def absent(pipe: Any) -> list[str]:
@@ -114,7 +134,7 @@ def _assert_same(name: str, left: nn.Module, right: nn.Module) -> None:
         )
 
 
-def _flat(provenance: Mapping[str, str], base: str) -> dict[str, str]:
+def provenance_metadata(provenance: Mapping[str, str], base: str) -> dict[str, str]:
     """Flat string metadata, safetensors' only kind, with the ModelSpec keys that model managers read."""
     return {
         **{f"rewardtune.{k}": str(v) for k, v in provenance.items()},

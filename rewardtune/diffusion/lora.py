@@ -122,5 +122,20 @@ def unload(pipeline: Pipeline) -> None:
         setattr(pipe, pipeline.denoiser, getattr(pipe, pipeline.denoiser).unload())
 
 
+def merge(modules: Mapping[str, nn.Module]) -> None:
+    """Fold adapters into the layers that they are on, and take them off."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in modules.values():
+        for layer in list(module.modules()):
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge(safe_merge=True)
+        recurse_remove_peft_layers(module)
+        for leftover in ("peft_config", "_hf_peft_config_loaded"):
+            if hasattr(module, leftover):
+                delattr(module, leftover)
+
+
 def _linear_names(module: nn.Module) -> list[str]:
     return sorted({path.rpartition(".")[2] for path, layer in module.named_modules() if isinstance(layer, nn.Linear)})
