@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Embeddings (B, tokens, width), first CLIP's tokens and then T5's, and pooled ones (B, width) of both CLIPs."""
+    """Embeddings (B, tokens, width), CLIP's tokens and then T5's, and the pooled ones (B, width) of both CLIPs."""
 
     embeddings: Tensor
     pooled: Tensor
