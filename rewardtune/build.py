@@ -19,7 +19,7 @@ from rewardtune.diffusion import export, lora
 from rewardtune.diffusion.rollout import sample
 from rewardtune.diffusion.schedulers import check_deterministic
 from rewardtune.errors import PluginError, RecipeError
-from rewardtune.plugins import Guidance, Pipeline
+from rewardtune.plugins import AnyPipeline, Guidance, WholeRollout
 from rewardtune.randomness import generator
 from rewardtune.recipe.sections import (
     DirectRewardRecipe,
@@ -67,6 +67,12 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
 
         return build_reward_dance(recipe, device=device)
     pipeline = load_pipeline(recipe.pipeline, device=device)
+    if isinstance(recipe, SftRecipe) and isinstance(pipeline, WholeRollout):
+        raise RecipeError(
+            f"task sft needs single predictions and an encoder of images, and the family {pipeline.family!r} can only "
+            f"run {type(pipeline.pipe).__name__} as a whole. Give the pipeline an adapter of its own "
+            "(rewardtune/plugins.py), or train it with task: direct_reward."
+        )
     trainable = _trainable(pipeline, recipe)
     if recipe.train.compile:
         denoiser: Any = pipeline.trainable[pipeline.denoiser]
@@ -74,6 +80,7 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
     samples = _sampler(pipeline, recipe.samples)
     exporter = _exporter(pipeline, recipe)
     if isinstance(recipe, SftRecipe):
+        assert not isinstance(pipeline, WholeRollout)
         return Sft(
             pipeline,
             trainable=trainable,
@@ -88,16 +95,15 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
         )
     check_deterministic(pipeline.scheduler)
     rollout = recipe.rollout
-    settings = recipe.gradient.model_dump(exclude={"method"})
-    method = gradients.load_method(recipe.gradient.method)
+    guidance = Guidance(rollout.guidance, rollout.guidance_scale, rollout.negative_prompt, rollout.embedded_guidance)
     return DirectReward(
         pipeline,
         trainable=trainable,
         prompts=read_prompts(recipe.data.prompts),
         rewards=RewardSet([build_term(r, device=device) for r in recipe.rewards]),
-        method=lambda chain, noise, rng: method(chain, noise, rng, **settings),
+        method=_method(pipeline, recipe, guidance),
         num_steps=rollout.steps,
-        guidance=Guidance(rollout.guidance, rollout.guidance_scale, rollout.negative_prompt, rollout.embedded_guidance),
+        guidance=guidance,
         size=_size(pipeline, rollout),
         seed=recipe.train.seed,
         augmentation=Augmentation(**recipe.augment.model_dump()) if recipe.augment else None,
@@ -106,7 +112,19 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
     )
 
 
-def load_pipeline(section: PipelineSection, *, device: str) -> Pipeline:
+def _method(
+    pipeline: AnyPipeline, recipe: DirectRewardRecipe, guidance: Guidance
+) -> Callable[..., Tensor] | gradients.Choice:
+    """The way the gradient is taken, as `tasks.direct_reward` has it."""
+    name, settings = recipe.gradient.method, recipe.gradient.model_dump(exclude={"method"})
+    if isinstance(pipeline, WholeRollout):
+        pipeline.call(guidance)  # says here, not in the first step, what it cannot do
+        return gradients.load_choice(name)(**settings)
+    method = gradients.load_method(name)
+    return lambda chain, noise, rng: method(chain, noise, rng, **settings)
+
+
+def load_pipeline(section: PipelineSection, *, device: str) -> AnyPipeline:
     """The adapter of a checkpoint's family, frozen, in fp32 on `device`."""
     path = resolve(section.model)
     name = section.family or find_family(path, section.revision)
@@ -116,7 +134,7 @@ def load_pipeline(section: PipelineSection, *, device: str) -> Pipeline:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise RecipeError(f"pipeline.options do not fit the family {name!r}: {wrong}") from error
-    pipeline: Pipeline = plugin.load(path, config, revision=section.revision, dtype=torch.float32, device=device)
+    pipeline: AnyPipeline = plugin.load(path, config, revision=section.revision, dtype=torch.float32, device=device)
     pipeline.pipe.set_progress_bar_config(disable=True)
     runtime.set_attention(list(pipeline.trainable.values()), section.attention)
     for component in pipeline.pipe.components.values():
@@ -128,14 +146,19 @@ def load_pipeline(section: PipelineSection, *, device: str) -> Pipeline:
 def find_family(path: str, revision: str | None) -> str:
     """The family that recognises a checkpoint's `model_index.json`."""
     index = read_model_index(path, revision)
+    whole = []
     for name in registry.pipelines.names():
         # a broken plug-in of somebody else must not hide a family that fits
         with suppress(PluginError):
-            if registry.pipelines.load_class(name).matches(index):
+            plugin = registry.pipelines.load_class(name)
+            if plugin.matches(index):
                 return name
+            whole += [name] if hasattr(plugin, "rollout") else []
     raise RecipeError(
         f"{path} is a {index.get('_class_name', 'unknown pipeline')}, which no family here recognises "
-        f"({', '.join(registry.pipelines.names())}). Name one with pipeline.family if it works alike."
+        f"({', '.join(registry.pipelines.names())}). Name one with pipeline.family if it works alike. What is run as a "
+        "whole (task direct_reward with gradient.method draft) needs no family of its own: write pipeline.family: "
+        f"{' or '.join(whole)}."
     )
 
 
@@ -175,7 +198,7 @@ def build_term(section: RewardSection, *, device: str) -> Term:
     return Term(reward, section.weight, objective.statistic(section.statistic.kind, **settings), section.dimensions)
 
 
-def _trainable(pipeline: Pipeline, recipe: SftRecipe | DirectRewardRecipe) -> dict[str, nn.Module]:
+def _trainable(pipeline: AnyPipeline, recipe: SftRecipe | DirectRewardRecipe) -> dict[str, nn.Module]:
     """The modules that hold what is trained: adapters attached, or whole modules thawed."""
     section = recipe.lora or recipe.full
     assert section is not None
@@ -188,12 +211,12 @@ def _trainable(pipeline: Pipeline, recipe: SftRecipe | DirectRewardRecipe) -> di
         )
     modules = {name: pipeline.trainable[name] for name in names}
     if recipe.lora is not None:
-        loadable = pipeline.pipe._lora_loadable_modules
+        loadable = getattr(pipeline.pipe, "_lora_loadable_modules", ())
         if not set(modules) <= set(loadable):
             raise RecipeError(
-                f"diffusers loads adapters of {', '.join(loadable)} for the family {pipeline.family!r}, so "
-                f"lora.modules {list(modules)} could not be used afterwards. Leave the others out, or train them with "
-                "`full:`."
+                f"diffusers loads adapters of {', '.join(loadable) or 'no module'} for {type(pipeline.pipe).__name__}, "
+                f"so lora.modules {list(modules)} could not be used afterwards. Leave the others out, or train them "
+                "with `full:`."
             )
         targets = {name: recipe.lora.targets or pipeline.lora_targets[name] for name in modules}
         rank = recipe.lora.rank
@@ -211,7 +234,7 @@ def _trainable(pipeline: Pipeline, recipe: SftRecipe | DirectRewardRecipe) -> di
     return modules
 
 
-def _size(pipeline: Pipeline, rollout: RolloutSection) -> tuple[int, int]:
+def _size(pipeline: AnyPipeline, rollout: RolloutSection) -> tuple[int, int]:
     """Height and width of a roll-out. Raises RecipeError for a size that the family refuses or rounds."""
     size = (rollout.height or pipeline.image_size[0], rollout.width or pipeline.image_size[1])
     for name, pixels in zip(("height", "width"), size, strict=True):
@@ -225,7 +248,7 @@ def _size(pipeline: Pipeline, rollout: RolloutSection) -> tuple[int, int]:
     return size
 
 
-def _sampler(pipeline: Pipeline, section: SampleSection) -> Callable[[], Tensor | None]:
+def _sampler(pipeline: AnyPipeline, section: SampleSection) -> Callable[[], Tensor | None]:
     def samples() -> Tensor | None:
         if not section.prompts:
             return None
@@ -236,7 +259,9 @@ def _sampler(pipeline: Pipeline, section: SampleSection) -> Callable[[], Tensor 
     return samples
 
 
-def _exporter(pipeline: Pipeline, recipe: SftRecipe | DirectRewardRecipe) -> Callable[[Path, Mapping[str, str]], None]:
+def _exporter(
+    pipeline: AnyPipeline, recipe: SftRecipe | DirectRewardRecipe
+) -> Callable[[Path, Mapping[str, str]], None]:
     def run(folder: Path, provenance: Mapping[str, str]) -> None:
         if recipe.lora is not None:
             modules = recipe.lora.modules or [pipeline.denoiser]

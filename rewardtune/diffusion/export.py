@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rewardtune.data.references import PREFIX, resolve
 from rewardtune.diffusion.rollout import sample
 from rewardtune.errors import CheckFailed
-from rewardtune.plugins import Guidance, Pipeline
+from rewardtune.plugins import AnyPipeline, Guidance
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _THIS = '"path/to/this/folder"'
@@ -21,7 +21,9 @@ _THIS = '"path/to/this/folder"'
 _PROBE_STEPS = 2
 
 
-def lora(pipeline: Pipeline, modules: Sequence[str], folder: Path, provenance: Mapping[str, str], *, base: str) -> None:
+def lora(
+    pipeline: AnyPipeline, modules: Sequence[str], folder: Path, provenance: Mapping[str, str], *, base: str
+) -> None:
     """Write the adapters in diffusers' keys, with alpha = rank so that every loader applies them at full strength.
 
     Raises CheckFailed when a fresh pipeline with the file does not give the trained pipeline's images.
@@ -50,7 +52,7 @@ def lora(pipeline: Pipeline, modules: Sequence[str], folder: Path, provenance: M
     _write_card(folder, provenance, base=base, adapters=True)
 
 
-def pipeline(trained: Pipeline, folder: Path, provenance: Mapping[str, str], *, base: str) -> None:
+def pipeline(trained: AnyPipeline, folder: Path, provenance: Mapping[str, str], *, base: str) -> None:
     """Write the whole pipeline. Raises CheckFailed when it does not reload to the same images."""
     trained.pipe.save_pretrained(folder, safe_serialization=True)
     fresh = type(trained.pipe).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
@@ -60,18 +62,19 @@ def pipeline(trained: Pipeline, folder: Path, provenance: Mapping[str, str], *, 
     _write_card(folder, provenance, base=base, adapters=False)
 
 
-def probe(pipe: Pipeline) -> Tensor:
+def probe(pipe: AnyPipeline) -> Tensor:
     """A small fixed image, (1, 3, H, W): equal weights give an equal image."""
     generators = [torch.Generator().manual_seed(0)]
     return sample(pipe, ["a dog"], generators, num_steps=_PROBE_STEPS, guidance=Guidance("off"))
 
 
-def _check_lora(trained: Pipeline, modules: Sequence[str], folder: Path, base: str) -> None:
+def _check_lora(trained: AnyPipeline, modules: Sequence[str], folder: Path, base: str) -> None:
     """Wrong keys load nothing in diffusers, silently: so load into a fresh pipeline and look at an image."""
     options = getattr(trained, "options", None)
     device = next(next(iter(trained.trainable.values())).parameters()).device
     dtype = next(p.dtype for n, p in trained.trainable[modules[0]].named_parameters() if "lora_" not in n)
-    fresh = type(trained).load(resolve(base), options, revision=None, dtype=dtype, device=str(device))  # type: ignore[attr-defined]
+    family: Any = type(trained)
+    fresh = family.load(resolve(base), options, revision=None, dtype=dtype, device=str(device))
     fresh.pipe.set_progress_bar_config(disable=True)
     untouched = probe(fresh)
     fresh.pipe.load_lora_weights(str(folder), weight_name=LORA_FILE)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardtune.plugins import Guidance, Pipeline
+from rewardtune.plugins import AnyPipeline, Guidance, Pipeline, WholeRollout
 
 
 class Chain:
@@ -77,7 +77,7 @@ class Chain:
 
 
 def sample(
-    pipeline: Pipeline,
+    pipeline: AnyPipeline,
     prompts: Sequence[str],
     generators: Sequence[torch.Generator],
     *,
@@ -91,6 +91,11 @@ def sample(
     """
     size = size or pipeline.image_size
     with torch.no_grad():
+        if isinstance(pipeline, WholeRollout):
+            return pipeline.rollout(
+                prompts, generators, num_steps=num_steps, guidance=guidance, size=size, gradient_steps=slice(0),
+                recompute=False,
+            )  # fmt: skip
         conditioning = pipeline.encode(prompts, guidance)
         chain = Chain(pipeline, conditioning, num_steps=num_steps, guidance=guidance, size=size)
         latents = chain.run(chain.start(pipeline.noise(generators, size)), 0, len(chain))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rewardtune.diffusion.rollout import Chain
+from rewardtune.gradients import Choice
 
 
 def draft(
@@ -20,12 +21,17 @@ def draft(
     memory: Literal["fast", "flat"],
 ) -> Tensor:
     """`flat` keeps only the latents between steps and recomputes each step on the way back."""
-    total = len(chain)
-    first = 0 if last_steps == "all" else total - last_steps
-    latents = chain.run(noise, 0, first)
-    for i in range(first, total):
-        if memory == "flat":
+    chosen = choice(last_steps=last_steps, memory=memory)
+    steps = range(len(chain))[chosen.gradient_steps]
+    latents = chain.run(noise, 0, steps.start)
+    for i in steps:
+        if chosen.recompute:
             latents = checkpoint(chain.advance, i, latents, use_reentrant=False, preserve_rng_state=False)
         else:
             latents = chain.advance(i, latents)
     return latents
+
+
+def choice(*, last_steps: int | Literal["all"], memory: Literal["fast", "flat"]) -> Choice:
+    """The last K steps, or all of them."""
+    return Choice(slice(None) if last_steps == "all" else slice(-last_steps, None), memory == "flat")

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rewardtune.diffusion.rollout import Chain
-from rewardtune.plugins import Guidance, Pipeline
+from rewardtune.gradients import Choice
+from rewardtune.plugins import AnyPipeline, Guidance, Pipeline, WholeRollout
 from rewardtune.randomness import choice, epoch_index, generator
 from rewardtune.scoring.augment import Augmentation
 from rewardtune.scoring.reward_set import RewardSet
@@ -27,20 +28,22 @@ class Batch:
     step: int
     indices: tuple[int, ...]
     prompts: list[Prompt]
-    noise: Tensor
+    noise: Tensor | None
+    """None where the pipeline is run as a whole, and draws it."""
 
 
 class DirectReward:
-    """See `tasks.Task`. `method` is a `gradients.Method` with its settings bound."""
+    """See `tasks.Task`. `method` is a `gradients.Method` with its settings bound; what the method chooses, for a
+    pipeline that is run as a whole."""
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: AnyPipeline,
         *,
         trainable: Mapping[str, nn.Module],
         prompts: Sequence[Prompt],
         rewards: RewardSet,
-        method: Callable[..., Tensor],
+        method: Callable[..., Tensor] | Choice,
         num_steps: int,
         guidance: Guidance,
         size: tuple[int, int],
@@ -56,16 +59,14 @@ class DirectReward:
     def batch(self, step: int, indices: Sequence[int]) -> Batch:
         rows = [epoch_index(self.seed, "prompts/order", i, len(self.prompts)) for i in indices]
         prompts = [self.prompts[row] for row in rows]
-        noise = self.pipeline.noise([generator(self.seed, "rollout/noise", i) for i in indices], self.size)
+        if isinstance(self.pipeline, WholeRollout):
+            noise = None
+        else:
+            noise = self.pipeline.noise(self._generators(indices), self.size)
         return Batch(step, tuple(indices), prompts, noise)
 
     def step(self, batch: Batch) -> StepOutput:
-        conditioning = self._encode(batch.prompts)
-        chain = Chain(self.pipeline, conditioning, num_steps=self.num_steps, guidance=self.guidance, size=self.size)
-        latents = self.method(chain, chain.start(batch.noise), choice(self.seed, "gradient/step", batch.step))
-        # recomputing the decoder keeps its graph away while the reward's lives, and the other way round
-        images = checkpoint(self.pipeline.decode, latents, use_reentrant=False, preserve_rng_state=False)
-        images, prompts = images.clamp(0, 1), batch.prompts
+        images, prompts = self._images(batch).clamp(0, 1), batch.prompts
         if self.augmentation is not None:
             images = self.augmentation.views(images, [generator(self.seed, "augment", i) for i in batch.indices])
             prompts = prompts * self.augmentation.copies
@@ -75,8 +76,26 @@ class DirectReward:
     def evaluate(self) -> Mapping[str, float]:
         return {}
 
-    def _encode(self, prompts: Sequence[Prompt]) -> Any:
+    def _images(self, batch: Batch) -> Tensor:
+        if isinstance(self.pipeline, WholeRollout):
+            assert isinstance(self.method, Choice)
+            return self.pipeline.rollout(
+                batch.prompts, self._generators(batch.indices), num_steps=self.num_steps, guidance=self.guidance,
+                size=self.size, **self.method._asdict(),
+            )  # fmt: skip
+        assert callable(self.method) and batch.noise is not None
+        conditioning = self._encode(self.pipeline, batch.prompts)
+        chain = Chain(self.pipeline, conditioning, num_steps=self.num_steps, guidance=self.guidance, size=self.size)
+        latents = self.method(chain, chain.start(batch.noise), choice(self.seed, "gradient/step", batch.step))
+        # recomputing the decoder keeps its graph away while the reward's lives, and the other way round
+        images: Tensor = checkpoint(self.pipeline.decode, latents, use_reentrant=False, preserve_rng_state=False)
+        return images
+
+    def _encode(self, pipeline: Pipeline, prompts: Sequence[Prompt]) -> Any:
         """Conditioning; with graph only where a text encoder is trained."""
         encoder = self.trainable.get("text_encoder")
         with torch.set_grad_enabled(encoder is not None):
-            return self.pipeline.encode(prompts, self.guidance)
+            return pipeline.encode(prompts, self.guidance)
+
+    def _generators(self, indices: Sequence[int]) -> list[torch.Generator]:
+        return [generator(self.seed, "rollout/noise", i) for i in indices]
