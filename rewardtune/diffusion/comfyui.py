@@ -16,13 +16,13 @@ from torch import Tensor
 from rewardtune.diffusion import lora
 from rewardtune.diffusion.export import provenance_metadata
 from rewardtune.errors import RecipeError
-from rewardtune.plugins import Pipeline
+from rewardtune.plugins import AnyPipeline
 
 FILE = "comfyui_lora.safetensors"
 
 
 def export(
-    pipeline: Pipeline, modules: Sequence[str], folder: Path, provenance: Mapping[str, str], *, base: str
+    pipeline: AnyPipeline, modules: Sequence[str], folder: Path, provenance: Mapping[str, str], *, base: str
 ) -> None:
     """Write `comfyui_lora.safetensors`. Raises RecipeError for a family whose keys ComfyUI is not known to accept."""
     from safetensors.torch import save_file
@@ -31,7 +31,7 @@ def export(
     save_file(tensors, folder / FILE, metadata={"format": "pt", **provenance_metadata(provenance, base)})
 
 
-def keys(pipeline: Pipeline, modules: Sequence[str]) -> dict[str, Tensor]:
+def keys(pipeline: AnyPipeline, modules: Sequence[str]) -> dict[str, Tensor]:
     """The adapters under ComfyUI's names, alpha = rank."""
     if pipeline.comfyui is None:
         raise RecipeError(

@@ -16,7 +16,7 @@ from rewardtune.diffusion import lora as lora_module
 from rewardtune.diffusion.lora import ADAPTER, FILE, PEFT_FILE, load
 from rewardtune.diffusion.rollout import sample
 from rewardtune.errors import CheckFailed
-from rewardtune.plugins import Guidance, Pipeline
+from rewardtune.plugins import AnyPipeline, Guidance
 
 LORA_FILE = FILE
 _THIS = '"path/to/this/folder"'
@@ -24,7 +24,9 @@ _THIS = '"path/to/this/folder"'
 _PROBE_STEPS = 2
 
 
-def lora(pipeline: Pipeline, modules: Sequence[str], folder: Path, provenance: Mapping[str, str], *, base: str) -> None:
+def lora(
+    pipeline: AnyPipeline, modules: Sequence[str], folder: Path, provenance: Mapping[str, str], *, base: str
+) -> None:
     """Write the adapters in diffusers' keys, with alpha = rank so that every loader applies them at full strength.
 
     Where diffusers has no loader for the family's adapters, the folder is peft's. Raises CheckFailed when a fresh
@@ -63,7 +65,7 @@ def lora(pipeline: Pipeline, modules: Sequence[str], folder: Path, provenance: M
     _write_card(folder, provenance, pipeline, base=base, adapters=True)
 
 
-def pipeline(trained: Pipeline, folder: Path, provenance: Mapping[str, str], *, base: str) -> None:
+def pipeline(trained: AnyPipeline, folder: Path, provenance: Mapping[str, str], *, base: str) -> None:
     """Write the whole pipeline. Raises CheckFailed when it does not reload to the same images."""
     trained.pipe.save_pretrained(folder, safe_serialization=True)
     without = dict.fromkeys(absent(trained.pipe))
@@ -75,7 +77,7 @@ def pipeline(trained: Pipeline, folder: Path, provenance: Mapping[str, str], *, 
 
 
 def merged(
-    trained: Pipeline, modules: Sequence[str], folder: Path, provenance: Mapping[str, str], *, base: str
+    trained: AnyPipeline, modules: Sequence[str], folder: Path, provenance: Mapping[str, str], *, base: str
 ) -> None:
     """Fold the adapters into the weights, for good, and write the whole pipeline.
 
@@ -98,18 +100,19 @@ def absent(pipe: Any) -> list[str]:
     return sorted(n for n, part in pipe.components.items() if part is None and n not in pipe._optional_components)
 
 
-def probe(pipe: Pipeline) -> Tensor:
+def probe(pipe: AnyPipeline) -> Tensor:
     """A small fixed image, (1, 3, H, W): equal weights give an equal image."""
     generators = [torch.Generator().manual_seed(0)]
     return sample(pipe, ["a dog"], generators, num_steps=_PROBE_STEPS, guidance=Guidance("off"))
 
 
-def _check_lora(trained: Pipeline, modules: Sequence[str], folder: Path, base: str) -> None:
+def _check_lora(trained: AnyPipeline, modules: Sequence[str], folder: Path, base: str) -> None:
     """Wrong keys load nothing in diffusers, silently: so load into a fresh pipeline and look at an image."""
     options = getattr(trained, "options", None)
     device = next(next(iter(trained.trainable.values())).parameters()).device
     dtype = next(p.dtype for n, p in trained.trainable[modules[0]].named_parameters() if "lora_" not in n)
-    fresh = type(trained).load(resolve(base), options, revision=None, dtype=dtype, device=str(device))  # type: ignore[attr-defined]
+    family: Any = type(trained)
+    fresh = family.load(resolve(base), options, revision=None, dtype=dtype, device=str(device))
     fresh.pipe.set_progress_bar_config(disable=True)
     untouched = probe(fresh)
     load(fresh, folder)
@@ -144,7 +147,9 @@ def provenance_metadata(provenance: Mapping[str, str], base: str) -> dict[str, s
     }
 
 
-def _write_card(folder: Path, provenance: Mapping[str, str], trained: Pipeline, *, base: str, adapters: bool) -> None:
+def _write_card(
+    folder: Path, provenance: Mapping[str, str], trained: AnyPipeline, *, base: str, adapters: bool
+) -> None:
     import yaml
 
     shipped = base.startswith(PREFIX)
