@@ -533,14 +533,14 @@ def test_what_takes_single_steps_is_refused_before_anything_is_loaded(recipe):
 
 
 def test_so_it_is_in_a_recipe_that_nobody_checked(recipe):
-    from rewardtune.recipe.sections import FullSection, LoraSection, ReflSection, RolloutSection, SftRecipe
+    from rewardtune.recipe.gradients import ReflSection
+    from rewardtune.recipe.sections import FullSection, RolloutSection, SftRecipe
 
     good = recipe(RECIPE)
     for changes, told in (
         ({"gradient": ReflSection(method="refl")}, "refl takes single steps.*draft"),
         ({"rollout": RolloutSection()}, "no branch of its guidance"),
         ({"full": FullSection(modules=["text_encoder"])}, "text_encoder cannot be trained.* it offers: transformer"),
-        ({"full": None, "lora": LoraSection()}, "loads adapters of no module for PixArtAlphaPipeline"),
     ):
         with pytest.raises(RecipeError, match=told):
             build_task(good.model_copy(update=changes), device="cpu")
