@@ -226,7 +226,7 @@ class _Steps:
             stack.enter_context(_replaced(denoiser, "forward", self._recorded(denoiser.forward)))
             if vae is not None:
                 # recomputing the decoder keeps its graph away while the reward's lives, and the other way round
-                stack.enter_context(_replaced(vae, "decode", _recomputed(vae.decode)))
+                stack.enter_context(_replaced(vae, "decode", self._recomputed(vae.decode)))
             yield
 
     def check(self, images: Tensor) -> None:
@@ -271,23 +271,33 @@ class _Steps:
                     "leaves the graph between its steps (it detaches its latents, or its scheduler does), so only the "
                     "last one would be trained",
                 )
-            return (_recomputed(forward) if self._recompute else forward)(*args, **kwargs)
+            return (self._recomputed(forward) if self._recompute else forward)(*args, **kwargs)
 
         return recorded
+
+    def _recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        from torch.utils.checkpoint import checkpoint
+
+        @wraps(function)
+        def recomputed(*args: Any, **kwargs: Any) -> Any:
+            # torch looks after positional tensors only
+            versions = [t._version for t in _tensors((args, kwargs))]
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                if [t._version for t in _tensors((args, kwargs))] != versions:
+                    raise _refusal(
+                        self._pipe,
+                        "changes tensors in place, so its steps cannot be run again; write gradient.memory: fast",
+                    )
+                return function(*args, **kwargs)
+
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        return recomputed
 
 
 def _refusal(pipe: Any, what: str) -> RecipeError:
     return RecipeError(f"pipeline.family generic: {type(pipe).__name__} {what.rstrip('.')}.")
-
-
-def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    from torch.utils.checkpoint import checkpoint
-
-    @wraps(function)
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    return recomputed
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -134,6 +134,27 @@ def ovis_image():
     )  # fmt: skip
 
 
+def flux():
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=2, eos_token_id=3, pad_token_id=0, projection_dim=16,
+    )  # fmt: skip
+    return tiny.ready(
+        diffusers.FluxPipeline(
+            tokenizer=tiny.words(length=16), text_encoder=CLIPTextModel(text), tokenizer_2=tiny.words(),
+            text_encoder_2=t5(), vae=tiny.autoencoder(scaling_factor=0.6, shift_factor=0.1),
+            transformer=diffusers.FluxTransformer2DModel(
+                in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+                joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 2, 2), guidance_embeds=True,
+            ),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        )
+    )  # fmt: skip
+
+
 def stable_diffusion(scheduler=None):
     return tiny.stable_diffusion(
         scheduler
@@ -158,8 +179,10 @@ FOREIGN = {
     "cog_view_4": (cog_view_4, {}),
     "chroma": (chroma, {"max_sequence_length": 32}),
     "ovis_image": (ovis_image, {"max_sequence_length": 64}),
+    # takes true_cfg_scale beside the guidance that its transformer embeds
+    "flux": (flux, {"max_sequence_length": 32}),
 }
-"""Pipelines without a file of ours, and options of their call."""
+"""Pipelines that the adapter knows nothing of, and options of their call."""
 
 
 @pytest.fixture(params=FOREIGN)
@@ -324,10 +347,12 @@ def test_guidance_is_said_in_the_calls_own_words():
     assert plain.call(Guidance("full", 4.0)) == {"guidance_scale": 4.0}
     assert plain.call(Guidance("full", 4.0, "red")) == {"guidance_scale": 4.0, "negative_prompt": "red"}
     assert plain.call(Guidance("off", 4.0, "red")) == {"guidance_scale": 1.0}
-    true = changed(lambda call, *a, true_cfg_scale=None, **k: call(*a, **k), "true_cfg_scale")
+    true = Generic(flux())
     assert true.call(OFF) == {"true_cfg_scale": 1.0}
     assert true.call(Guidance("off", embedded=2.5)) == {"true_cfg_scale": 1.0, "guidance_scale": 2.5}
     assert true.call(Guidance("full", 4.0)) == {"true_cfg_scale": 4.0, "negative_prompt": ""}
+    images = [roll_out(true, g) for g in (OFF, Guidance("off", embedded=2.5), Guidance("full", 4.0))]
+    assert not torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
 
 def test_a_branch_without_gradient_is_refused():
@@ -368,18 +393,15 @@ def test_other_kinds_of_pipelines_are_refused(name, why):
         Generic(object.__new__(family))
 
 
-def changed(change, *more):
-    """Stable Diffusion, but its call is `change(call, pipe, ...)`; `more`: arguments that it takes beside its own."""
+def changed(change):
+    """Stable Diffusion, but its call is `change(call, pipe, ...)`."""
 
     class Changed(diffusers.StableDiffusionPipeline):
         @torch.no_grad()
         def __call__(self, *args, **kwargs):
             return change(diffusers.StableDiffusionPipeline.__call__.__wrapped__, self, *args, **kwargs)
 
-    signature = inspect.signature(diffusers.StableDiffusionPipeline.__call__)
-    own = [p for p in signature.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
-    extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
-    Changed.__call__.__wrapped__.__signature__ = signature.replace(parameters=own + extra)
+    Changed.__call__.__wrapped__.__signature__ = inspect.signature(diffusers.StableDiffusionPipeline.__call__)
     pipe = Changed(**stable_diffusion().components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return Generic(pipe)
@@ -423,7 +445,23 @@ def test_what_would_train_on_nothing_or_on_other_images_is_refused(change, why):
         roll_out(adapter, OFF, 3)
 
 
-def test_an_unchanged_call_is_not_however_many_decorators_it_has():
+def test_a_step_whose_input_was_changed_in_place_is_not_run_again():
+    kept = []
+
+    def spoil(pipe, i, timestep, kwargs):
+        with torch.no_grad():
+            for latents in kept:
+                latents.add_(1)
+        kept[:] = [kwargs["latents"]]
+        return {}
+
+    adapter = Generic(ovis_image(), Generic.Config(call={"callback_on_step_end": spoil, "max_sequence_length": 64}))
+    adapter.trainable["transformer"].requires_grad_(True)
+    with pytest.raises(RecipeError, match=r"OvisImagePipeline changes tensors in place.*gradient\.memory: fast"):
+        roll_out(adapter, OFF, 3, "flat").sum().backward()
+
+
+def test_an_unchanged_call_is_not_refused_however_many_decorators_it_has():
     adapter = changed(lambda call, *args, **kwargs: call(*args, **kwargs))
     family = type(adapter.pipe)
     family.__call__ = torch.inference_mode()(torch.no_grad()(family.__call__))
