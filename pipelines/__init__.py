@@ -3,6 +3,7 @@
 TABLE = {
     "flux": "rewardtune.pipelines.flux:Flux",
     "flux_2": "rewardtune.pipelines.flux_2:Flux2",
+    "generic": "rewardtune.pipelines.generic:Generic",
     "lumina_2": "rewardtune.pipelines.lumina_2:Lumina2",
     "pixart_sigma": "rewardtune.pipelines.pixart_sigma:PixArtSigma",
     "qwen_image": "rewardtune.pipelines.qwen_image:QwenImage",

@@ -30,6 +30,7 @@ class Flux:
 
     family = "flux"
     denoiser = "transformer"
+    comfyui = "diffusers"
 
     class Config(Options):
         """Options of the family."""

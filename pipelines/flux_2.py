@@ -33,6 +33,7 @@ class Flux2:
 
     family = "flux_2"
     denoiser = "transformer"
+    comfyui = None
 
     class Config(Options):
         """Options of the family."""

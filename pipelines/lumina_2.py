@@ -32,6 +32,7 @@ class Lumina2:
 
     family = "lumina_2"
     denoiser = "transformer"
+    comfyui = None
 
     class Config(Options):
         """Options of the family."""
@@ -114,7 +115,7 @@ class Lumina2:
             config.get("base_shift", 0.5),
             config.get("max_shift", 1.15),
         )
-        sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
+        sigmas: Any = np.linspace(1.0, 1 / num_steps, num_steps)
         timesteps, _ = retrieve_timesteps(scheduler, num_steps, self.pipe.transformer.device, sigmas=sigmas, mu=mu)
         scheduler.set_begin_index(0)
         return scheduler, timesteps

@@ -40,6 +40,7 @@ class PixArtSigma:
 
     family = "pixart_sigma"
     denoiser = "transformer"
+    comfyui = "diffusers"
 
     class Config(Options):
         """Options of the family."""

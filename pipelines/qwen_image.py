@@ -30,6 +30,7 @@ class QwenImage:
 
     family = "qwen_image"
     denoiser = "transformer"
+    comfyui = "diffusers"
 
     class Config(Options):
         """Options of the family."""

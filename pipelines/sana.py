@@ -34,6 +34,7 @@ class Sana:
 
     family = "sana"
     denoiser = "transformer"
+    comfyui = None
 
     class Config(Options):
         """Options of the family."""

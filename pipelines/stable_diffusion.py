@@ -30,6 +30,7 @@ class StableDiffusion:
 
     family = "stable_diffusion"
     denoiser = "unet"
+    comfyui = "kohya"
 
     class Config(Options):
         """Options of the family."""

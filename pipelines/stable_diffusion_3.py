@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Embeddings (B, tokens, width), first CLIP's tokens and then T5's, and the pooled ones (B, width) of both CLIPs."""
+    """Embeddings (B, tokens, width), CLIP's tokens and then T5's, and the pooled ones (B, width) of both CLIPs."""
 
     embeddings: Tensor
     pooled: Tensor
@@ -38,6 +38,7 @@ class StableDiffusion3:
 
     family = "stable_diffusion_3"
     denoiser = "transformer"
+    comfyui = "diffusers"
 
     class Config(Options):
         """Options of the family."""

@@ -39,6 +39,7 @@ class StableDiffusionXL:
 
     family = "stable_diffusion_xl"
     denoiser = "unet"
+    comfyui = "kohya"
 
     class Config(Options):
         """Options of the family."""

@@ -29,6 +29,7 @@ class ZImage:
 
     family = "z_image"
     denoiser = "transformer"
+    comfyui = "diffusers"
 
     class Config(Options):
         """Options of the family."""

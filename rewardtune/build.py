@@ -22,7 +22,7 @@ from rewardtune.errors import PluginError, RecipeError
 from rewardtune.guard.guard import Guard
 from rewardtune.guard.verdict import Rule
 from rewardtune.guard.watch import Look, Watch
-from rewardtune.plugins import Guidance, Pipeline
+from rewardtune.plugins import AnyPipeline, Guidance, WholeRollout
 from rewardtune.randomness import generator
 from rewardtune.recipe.guard import GuardSection
 from rewardtune.recipe.rewards import RewardSection
@@ -71,6 +71,12 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
 
         return build_reward_dance(recipe, device=device)
     pipeline = load_pipeline(recipe.pipeline, device=device)
+    if isinstance(recipe, SftRecipe) and isinstance(pipeline, WholeRollout):
+        raise RecipeError(
+            f"task sft needs single predictions and an encoder of images, and the family {pipeline.family!r} can only "
+            f"run {type(pipeline.pipe).__name__} as a whole. Give the pipeline an adapter of its own "
+            "(rewardtune/plugins.py), or train it with task: direct_reward."
+        )
     trainable = _trainable(pipeline, recipe)
     if recipe.train.compile:
         denoiser: Any = pipeline.trainable[pipeline.denoiser]
@@ -82,6 +88,7 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
     samples = _sampler(pipeline, recipe.samples)
     exporter = _exporter(pipeline, recipe)
     if isinstance(recipe, SftRecipe):
+        assert not isinstance(pipeline, WholeRollout)
         return Sft(
             pipeline,
             trainable=trainable,
@@ -96,19 +103,18 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
         )
     check_deterministic(pipeline.scheduler)
     rollout = recipe.rollout
-    settings = recipe.gradient.model_dump(exclude={"method"})
-    method = gradients.load_method(recipe.gradient.method)
+    guidance = Guidance(rollout.guidance, rollout.guidance_scale, rollout.negative_prompt, rollout.embedded_guidance)
     return DirectReward(
         pipeline,
         trainable=trainable,
         prompts=read_prompts(recipe.data.prompts),
         rewards=RewardSet([build_term(r, device=device) for r in recipe.rewards]),
-        method=lambda chain, noise, draws: method(chain, noise, draws, **settings),
+        method=_method(pipeline, recipe, guidance),
         balance=recipe.balance,
         velocity=recipe.regularise.velocity,
         sft=_mixed_sft(pipeline, trainable, recipe),
         num_steps=rollout.steps,
-        guidance=Guidance(rollout.guidance, rollout.guidance_scale, rollout.negative_prompt, rollout.embedded_guidance),
+        guidance=guidance,
         size=_size(pipeline, rollout),
         seed=recipe.train.seed,
         augmentation=Augmentation(**recipe.augment.model_dump()) if recipe.augment else None,
@@ -117,7 +123,24 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
     )
 
 
-def load_pipeline(section: PipelineSection, *, device: str) -> Pipeline:
+def _method(
+    pipeline: AnyPipeline, recipe: DirectRewardRecipe, guidance: Guidance
+) -> Callable[..., gradients.Finished] | gradients.Choice:
+    """The way the gradient is taken, as `tasks.direct_reward` has it."""
+    name, settings = recipe.gradient.method, recipe.gradient.model_dump(exclude={"method"})
+    if isinstance(pipeline, WholeRollout):
+        pipeline.call(guidance)  # says here, not in the first step, what it cannot do
+        if recipe.regularise.velocity or recipe.regularise.sft:
+            raise RecipeError(
+                f"regularise needs single predictions, and the family {pipeline.family!r} runs "
+                f"{type(pipeline.pipe).__name__} as a whole. Leave it out, or give the pipeline an adapter of its own."
+            )
+        return gradients.load_choice(name)(**settings)
+    method = gradients.load_method(name)
+    return lambda chain, noise, draws: method(chain, noise, draws, **settings)
+
+
+def load_pipeline(section: PipelineSection, *, device: str) -> AnyPipeline:
     """The adapter of a checkpoint's family, frozen, in fp32 on `device`."""
     path = resolve(section.model)
     name = section.family or find_family(path, section.revision)
@@ -127,7 +150,7 @@ def load_pipeline(section: PipelineSection, *, device: str) -> Pipeline:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise RecipeError(f"pipeline.options do not fit the family {name!r}: {wrong}") from error
-    pipeline: Pipeline = plugin.load(path, config, revision=section.revision, dtype=torch.float32, device=device)
+    pipeline: AnyPipeline = plugin.load(path, config, revision=section.revision, dtype=torch.float32, device=device)
     pipeline.pipe.set_progress_bar_config(disable=True)
     runtime.set_attention(list(pipeline.trainable.values()), section.attention)
     for component in pipeline.pipe.components.values():
@@ -139,14 +162,19 @@ def load_pipeline(section: PipelineSection, *, device: str) -> Pipeline:
 def find_family(path: str, revision: str | None) -> str:
     """The family that recognises a checkpoint's `model_index.json`."""
     index = read_model_index(path, revision)
+    whole = []
     for name in registry.pipelines.names():
         # a broken plug-in of somebody else must not hide a family that fits
         with suppress(PluginError):
-            if registry.pipelines.load_class(name).matches(index):
+            plugin = registry.pipelines.load_class(name)
+            if plugin.matches(index):
                 return name
+            whole += [name] if hasattr(plugin, "rollout") else []
     raise RecipeError(
         f"{path} is a {index.get('_class_name', 'unknown pipeline')}, which no family here recognises "
-        f"({', '.join(registry.pipelines.names())}). Name one with pipeline.family if it works alike."
+        f"({', '.join(registry.pipelines.names())}). Name one with pipeline.family if it works alike. What is run as a "
+        "whole (task direct_reward with gradient.method draft) needs no family of its own: write pipeline.family: "
+        f"{' or '.join(whole)}."
     )
 
 
@@ -194,7 +222,7 @@ def build_term(section: RewardSection, *, device: str) -> Term:
     )
 
 
-def _trainable(pipeline: Pipeline, recipe: SftRecipe | DirectRewardRecipe) -> dict[str, nn.Module]:
+def _trainable(pipeline: AnyPipeline, recipe: SftRecipe | DirectRewardRecipe) -> dict[str, nn.Module]:
     """The modules that hold what is trained: adapters attached, or whole modules thawed."""
     section = recipe.lora or recipe.full
     assert section is not None
@@ -234,7 +262,7 @@ def build_guard(recipe: SftRecipe | DirectRewardRecipe, task: Any, folder: Path)
     """The guard of a run that writes into `folder`, watching the task's pipeline."""
     section = recipe.guard
     assert section is not None
-    pipeline: Pipeline = task.pipeline
+    pipeline: AnyPipeline = task.pipeline
     direct = isinstance(recipe, DirectRewardRecipe)
     device = str(next(iter(pipeline.trainable[pipeline.denoiser].parameters())).device)
     watch = Watch(
@@ -258,11 +286,12 @@ def open_guard(section: GuardSection, folder: Path, look: Callable[[], Look]) ->
 
 
 def _mixed_sft(
-    pipeline: Pipeline, trainable: Mapping[str, nn.Module], recipe: DirectRewardRecipe
+    pipeline: AnyPipeline, trainable: Mapping[str, nn.Module], recipe: DirectRewardRecipe
 ) -> tuple[Sft, float] | None:
     section = recipe.regularise.sft
     if section is None:
         return None
+    assert not isinstance(pipeline, WholeRollout)
     task = Sft(
         pipeline,
         trainable=trainable,
@@ -278,7 +307,7 @@ def _mixed_sft(
     return task, section.weight
 
 
-def _size(pipeline: Pipeline, rollout: RolloutSection) -> tuple[int, int]:
+def _size(pipeline: AnyPipeline, rollout: RolloutSection) -> tuple[int, int]:
     """Height and width of a roll-out. Raises RecipeError for a size that the family refuses or rounds."""
     size = (rollout.height or pipeline.image_size[0], rollout.width or pipeline.image_size[1])
     for name, pixels in zip(("height", "width"), size, strict=True):
@@ -292,7 +321,7 @@ def _size(pipeline: Pipeline, rollout: RolloutSection) -> tuple[int, int]:
     return size
 
 
-def _sampler(pipeline: Pipeline, section: SampleSection) -> Callable[[], Tensor | None]:
+def _sampler(pipeline: AnyPipeline, section: SampleSection) -> Callable[[], Tensor | None]:
     def samples() -> Tensor | None:
         if not section.prompts:
             return None
@@ -303,7 +332,9 @@ def _sampler(pipeline: Pipeline, section: SampleSection) -> Callable[[], Tensor 
     return samples
 
 
-def _exporter(pipeline: Pipeline, recipe: SftRecipe | DirectRewardRecipe) -> Callable[[Path, Mapping[str, str]], None]:
+def _exporter(
+    pipeline: AnyPipeline, recipe: SftRecipe | DirectRewardRecipe
+) -> Callable[[Path, Mapping[str, str]], None]:
     def run(folder: Path, provenance: Mapping[str, str]) -> None:
         if recipe.lora is not None:
             modules = recipe.lora.modules or [pipeline.denoiser]

@@ -88,12 +88,12 @@ class Guidance:
     embedded: float | None = None
 
 
-class Pipeline(Protocol):
-    """A diffusers text-to-image pipeline, taken apart so that single steps can carry gradient.
+class LoadedPipeline(Protocol):
+    """What a checkpoint's pipeline gives, however it samples: as a `Pipeline`, or as a `WholeRollout`.
 
     A pipeline plug-in is a class with `family: str`, `matches(model_index: Mapping) -> bool` (classmethod; reads the
-    dict of `model_index.json`), `Config: type[Options]` and `load(cls, path, config, *, dtype, device) -> Pipeline`.
-    No LoRA, EMA or accelerate code lives here.
+    dict of `model_index.json`), `Config: type[Options]` and `load(cls, path, config, *, revision, dtype, device)`,
+    which makes one of the two. No LoRA, EMA or accelerate code lives here.
     """
 
     family: str
@@ -103,6 +103,8 @@ class Pipeline(Protocol):
     """The checkpoint's own scheduler."""
     denoiser: str
     """Which of `trainable` predicts: transformer, or unet."""
+    comfyui: Literal["diffusers", "kohya"] | None
+    """Whose names of adapters ComfyUI accepts for the family; None where it is not known to accept any."""
     image_size: tuple[int, int]
     """Height and width that a recipe gets when it names none."""
     size_multiple: int
@@ -115,6 +117,10 @@ class Pipeline(Protocol):
     def call(self, guidance: Guidance) -> dict[str, Any]:
         """The keyword arguments with which `pipe(...)` samples alike: guidance, and the family's options."""
         ...
+
+
+class Pipeline(LoadedPipeline, Protocol):
+    """A diffusers text-to-image pipeline, taken apart so that single steps can carry gradient."""
 
     def encode(self, prompts: Sequence[str], guidance: Guidance) -> Any:
         """Prompts -> conditioning, opaque to the engine. Carries gradient where a text encoder is trained."""
@@ -144,3 +150,30 @@ class Pipeline(Protocol):
     def encode_images(self, images: Tensor) -> Tensor:
         """Images in [0, 1] -> latents (posterior mode), no gradient: the inverse of `decode`."""
         ...
+
+
+@runtime_checkable
+class WholeRollout(LoadedPipeline, Protocol):
+    """A diffusers text-to-image pipeline that can only be run as a whole: enough for methods that choose steps, not for
+    those that need one prediction, an encoder of images or conditioning by themselves."""
+
+    def rollout(
+        self,
+        prompts: Sequence[str],
+        generators: Sequence[torch.Generator],
+        *,
+        num_steps: int,
+        guidance: Guidance,
+        size: tuple[int, int],
+        gradient_steps: slice,
+        recompute: bool,
+    ) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], equal to `pipe(prompts, generator=generators)`, with graph where enabled.
+
+        gradient_steps: which of the denoising steps carry gradient, e.g. slice(-2, None) for the last two. recompute:
+        run those again on the way back, instead of keeping their graph.
+        """
+        ...
+
+
+AnyPipeline = Pipeline | WholeRollout

@@ -292,12 +292,16 @@ def export(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where to; the run's export/ by default.")
     ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="diffusers, or comfyui: adapters under its names.")
+    ] = "diffusers",
+    merge: Annotated[bool, typer.Option("--merge", help="A whole pipeline with the adapters folded in.")] = False,
 ) -> None:
     """Write a run's newest weights for other tools, with card and metadata; reloads them before it is done."""
     with quiet_stdout():
         from rewardtune.training.run import export_run
 
-        folder = export_run(run, out=out)
+        folder = export_run(run, out=out, format=form, merge=merge)
     show(str(folder))
 
 

@@ -55,11 +55,14 @@ def draw(side: str) -> int:
     different, largest, size = 0, 0, sampling["batch_size"]
     for start in range(0, len(images), size):
         batch = images[start : start + size]
+        call = dict(record["call"])
+        if "negative_prompt" in call:  # some pipelines want one for each prompt
+            call["negative_prompt"] = [call["negative_prompt"]] * len(batch)
         pictures = pipe(
             prompt=[image["prompt"] for image in batch],
             generator=[torch.Generator().manual_seed(image["seed"]) for image in batch],
             num_inference_steps=sampling["num_inference_steps"],
-            **record["call"],
+            **call,
         ).images
         for image, picture in zip(batch, pictures, strict=True):
             picture.save(target / image["file"])

@@ -20,7 +20,7 @@ from typing import Any
 
 from rewardtune.compare.files import sha256, write_bytes
 from rewardtune.compare.sides import Side, lora_file
-from rewardtune.plugins import Guidance, Pipeline
+from rewardtune.plugins import AnyPipeline, Guidance
 from rewardtune.progress import Progress
 from rewardtune.randomness import key
 from rewardtune.types import Prompt
@@ -66,7 +66,7 @@ def sample_sides(sides: Sequence[Side], plan: Plan, out: Path, *, device: str) -
     from rewardtune.diffusion import lora
 
     progress = Progress("drawing images", len(sides) * len(plan.items))
-    loaded: tuple[Any, Pipeline] | None = None
+    loaded: tuple[Any, AnyPipeline] | None = None
     for side in sides:
         folder = out / "images" / side.name
         missing = _missing(folder, _fingerprint(side, plan, device), plan)
@@ -87,7 +87,7 @@ def sample_sides(sides: Sequence[Side], plan: Plan, out: Path, *, device: str) -
 
 
 def _draw(
-    pipeline: Pipeline,
+    pipeline: AnyPipeline,
     side: Side,
     plan: Plan,
     folder: Path,
@@ -170,7 +170,7 @@ def _fingerprint(side: Side, plan: Plan, device: str) -> dict[str, Any]:
 
 
 def _provenance(
-    pipeline: Pipeline, side: Side, folder: Path, size: tuple[int, int], guidance: Guidance
+    pipeline: AnyPipeline, side: Side, folder: Path, size: tuple[int, int], guidance: Guidance
 ) -> dict[str, Any]:
     """What the script needs beside the fingerprint."""
     from rewardtune.data.references import resolve

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from rewardtune.data.references import PREFIX, resolve
+from rewardtune.diffusion import lora as lora_module
 from rewardtune.diffusion.lora import ADAPTER, FILE, PEFT_FILE, load
 from rewardtune.diffusion.rollout import sample
 from rewardtune.errors import CheckFailed
-from rewardtune.plugins import Guidance, Pipeline
+from rewardtune.plugins import AnyPipeline, Guidance
 
 LORA_FILE = FILE
 _THIS = '"path/to/this/folder"'
@@ -23,7 +24,9 @@ _THIS = '"path/to/this/folder"'
 _PROBE_STEPS = 2
 
 
-def lora(pipeline: Pipeline, modules: Sequence[str], folder: Path, provenance: Mapping[str, str], *, base: str) -> None:
+def lora(
+    pipeline: AnyPipeline, modules: Sequence[str], folder: Path, provenance: Mapping[str, str], *, base: str
+) -> None:
     """Write the adapters in diffusers' keys, with alpha = rank so that every loader applies them at full strength.
 
     Where diffusers has no loader for the family's adapters, the folder is peft's. Raises CheckFailed when a fresh
@@ -57,20 +60,39 @@ def lora(pipeline: Pipeline, modules: Sequence[str], folder: Path, provenance: M
         save_file({f"base_model.model.{k}": v for k, v in states[name].items()}, file, metadata={"format": "pt"})
     with _open(file) as handle:
         metadata = handle.metadata() or {}
-    save_file(load_file(file), file, metadata={**metadata, **_flat(provenance, base)})
+    save_file(load_file(file), file, metadata={**metadata, **provenance_metadata(provenance, base)})
     _check_lora(pipeline, modules, folder, base)
     _write_card(folder, provenance, pipeline, base=base, adapters=True)
 
 
-def pipeline(trained: Pipeline, folder: Path, provenance: Mapping[str, str], *, base: str) -> None:
+def pipeline(trained: AnyPipeline, folder: Path, provenance: Mapping[str, str], *, base: str) -> None:
     """Write the whole pipeline. Raises CheckFailed when it does not reload to the same images."""
     trained.pipe.save_pretrained(folder, safe_serialization=True)
     without = dict.fromkeys(absent(trained.pipe))
     fresh = type(trained.pipe).from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **without)
     for name, module in trained.trainable.items():
         _assert_same(name, module, getattr(fresh, name))
-    (folder / "rewardtune.json").write_text(json.dumps(_flat(provenance, base), indent=1) + "\n")
+    (folder / "rewardtune.json").write_text(json.dumps(provenance_metadata(provenance, base), indent=1) + "\n")
     _write_card(folder, provenance, trained, base=base, adapters=False)
+
+
+def merged(
+    trained: AnyPipeline, modules: Sequence[str], folder: Path, provenance: Mapping[str, str], *, base: str
+) -> None:
+    """Fold the adapters into the weights, for good, and write the whole pipeline.
+
+    Raises CheckFailed when that changes the images beyond rounding.
+    """
+    before = probe(trained)
+    lora_module.merge({name: trained.trainable[name] for name in modules})
+    after = probe(trained)
+    if not torch.allclose(before, after, atol=1e-3):
+        raise CheckFailed(
+            "the merged weights do not give the adapters' image (largest difference "
+            f"{(before - after).abs().max():.2g}); the run's checkpoints are untouched. Please report this with the "
+            "output of `rewardtune env`."
+        )
+    pipeline(trained, folder, provenance, base=base)
 
 
 def absent(pipe: Any) -> list[str]:
@@ -78,21 +100,22 @@ def absent(pipe: Any) -> list[str]:
     return sorted(n for n, part in pipe.components.items() if part is None and n not in pipe._optional_components)
 
 
-def probe(pipe: Pipeline) -> Tensor:
+def probe(pipe: AnyPipeline) -> Tensor:
     """A small fixed image, (1, 3, H, W): equal weights give an equal image."""
     generators = [torch.Generator().manual_seed(0)]
     return sample(pipe, ["a dog"], generators, num_steps=_PROBE_STEPS, guidance=Guidance("off"))
 
 
-def _check_lora(trained: Pipeline, modules: Sequence[str], folder: Path, base: str) -> None:
+def _check_lora(trained: AnyPipeline, modules: Sequence[str], folder: Path, base: str) -> None:
     """Wrong keys load nothing in diffusers, silently: so load into a fresh pipeline and look at an image."""
     options = getattr(trained, "options", None)
     device = next(next(iter(trained.trainable.values())).parameters()).device
     dtype = next(p.dtype for n, p in trained.trainable[modules[0]].named_parameters() if "lora_" not in n)
+    family: Any = type(trained)
     wanted = probe(trained)
     trained.pipe.to("cpu")  # the largest pipelines fit on a device once, not twice
     try:
-        fresh = type(trained).load(resolve(base), options, revision=None, dtype=dtype, device=str(device))  # type: ignore[attr-defined]
+        fresh = family.load(resolve(base), options, revision=None, dtype=dtype, device=str(device))
         fresh.pipe.set_progress_bar_config(disable=True)
         untouched = probe(fresh)
         load(fresh, folder)
@@ -120,7 +143,7 @@ def _assert_same(name: str, left: nn.Module, right: nn.Module) -> None:
         )
 
 
-def _flat(provenance: Mapping[str, str], base: str) -> dict[str, str]:
+def provenance_metadata(provenance: Mapping[str, str], base: str) -> dict[str, str]:
     """Flat string metadata, safetensors' only kind, with the ModelSpec keys that model managers read."""
     return {
         **{f"rewardtune.{k}": str(v) for k, v in provenance.items()},
@@ -130,7 +153,9 @@ def _flat(provenance: Mapping[str, str], base: str) -> dict[str, str]:
     }
 
 
-def _write_card(folder: Path, provenance: Mapping[str, str], trained: Pipeline, *, base: str, adapters: bool) -> None:
+def _write_card(
+    folder: Path, provenance: Mapping[str, str], trained: AnyPipeline, *, base: str, adapters: bool
+) -> None:
     import yaml
 
     shipped = base.startswith(PREFIX)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rewardtune.errors import RecipeError
-from rewardtune.plugins import Pipeline
+from rewardtune.plugins import AnyPipeline
 from rewardtune.randomness import key
 
 ADAPTER = "default"
@@ -96,13 +96,13 @@ def state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     }
 
 
-def loadable(pipeline: Pipeline) -> Sequence[str]:
+def loadable(pipeline: AnyPipeline) -> Sequence[str]:
     """Modules whose exported adapters can be put on a pipeline again."""
     modules: Sequence[str] = getattr(pipeline.pipe, "_lora_loadable_modules", (pipeline.denoiser,))
     return modules
 
 
-def load(pipeline: Pipeline, folder: Path) -> None:
+def load(pipeline: AnyPipeline, folder: Path) -> None:
     """Put exported adapters on, as a user of the family does: with diffusers' loader or, where it has none, peft's."""
     pipe = pipeline.pipe
     if hasattr(pipe, "load_lora_weights"):
@@ -113,13 +113,28 @@ def load(pipeline: Pipeline, folder: Path) -> None:
     setattr(pipe, pipeline.denoiser, PeftModel.from_pretrained(getattr(pipe, pipeline.denoiser), str(folder)))
 
 
-def unload(pipeline: Pipeline) -> None:
+def unload(pipeline: AnyPipeline) -> None:
     """Take off what `load` put on."""
     pipe = pipeline.pipe
     if hasattr(pipe, "unload_lora_weights"):
         pipe.unload_lora_weights()
     else:
         setattr(pipe, pipeline.denoiser, getattr(pipe, pipeline.denoiser).unload())
+
+
+def merge(modules: Mapping[str, nn.Module]) -> None:
+    """Fold adapters into the layers that they are on, and take them off."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in modules.values():
+        for layer in list(module.modules()):
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge(safe_merge=True)
+        recurse_remove_peft_layers(module)
+        for leftover in ("peft_config", "_hf_peft_config_loaded"):
+            if hasattr(module, leftover):
+                delattr(module, leftover)
 
 
 def _linear_names(module: nn.Module) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rewardtune.diffusion.parameterisation import clean_estimate, shares
-from rewardtune.plugins import Guidance, Pipeline
+from rewardtune.plugins import AnyPipeline, Guidance, Pipeline, WholeRollout
 
 Denoiser = Literal["through", "detached", "frozen"]
 """How far a gradient may go into a step: through the denoiser to the latents before it; to its weights only; or past
@@ -113,7 +113,7 @@ class Chain:
 
 
 def sample(
-    pipeline: Pipeline,
+    pipeline: AnyPipeline,
     prompts: Sequence[str],
     generators: Sequence[torch.Generator],
     *,
@@ -127,6 +127,11 @@ def sample(
     """
     size = size or pipeline.image_size
     with torch.no_grad():
+        if isinstance(pipeline, WholeRollout):
+            return pipeline.rollout(
+                prompts, generators, num_steps=num_steps, guidance=guidance, size=size, gradient_steps=slice(0),
+                recompute=False,
+            )  # fmt: skip
         conditioning = pipeline.encode(prompts, guidance)
         chain = Chain(pipeline, conditioning, num_steps=num_steps, guidance=guidance, size=size)
         latents = chain.run(chain.start(pipeline.noise(generators, size)), 0, len(chain))

@@ -4,7 +4,7 @@ They differ in four choices: which image the reward sees (the sample, or an esti
 gradient, how these are weighted, and whether a path across steps is kept. `Chain.advance` takes a step either way.
 
 To add one: write `gradients/<method>.py` with a function of the type `Method`, add its section to
-`recipe/gradients.py` and a line to `METHODS`.
+`recipe/gradients.py` and a line to `METHODS`; and to `CHOICES`, if all it does is to choose steps.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import torch
-from torch import Tensor
+from rewardtune.errors import RecipeError
 
-from rewardtune.diffusion.rollout import Chain
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from rewardtune.diffusion.rollout import Chain
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Draws:
 
     def noise_like(self, latents: Tensor) -> Tensor:
         """Standard normal noise, (B, ...)."""
+        import torch
+
         drawn = [torch.randn(latents.shape[1:], generator=key) for key in self.each]
         return torch.stack(drawn).to(latents)
 
@@ -54,6 +59,13 @@ class Method(Protocol):
     def __call__(self, chain: Chain, noise: Tensor, draws: Draws, **settings: Any) -> Finished: ...
 
 
+class Choice(NamedTuple):
+    """What a method asks of a pipeline that is run as a whole: see `plugins.WholeRollout.rollout`."""
+
+    gradient_steps: slice
+    recompute: bool
+
+
 METHODS: Mapping[str, str] = {
     "refl": "rewardtune.gradients.refl:refl",
     "draft": "rewardtune.gradients.draft:draft",
@@ -63,6 +75,23 @@ METHODS: Mapping[str, str] = {
     "direct_align": "rewardtune.gradients.direct_align:direct_align",
     "flowbp_sparse": "rewardtune.gradients.flowbp_sparse:flowbp_sparse",
 }
+
+CHOICES: Mapping[str, str] = {
+    "draft": "rewardtune.gradients.draft:choice",
+}
+"""Methods that only choose steps: a function of the settings that says which."""
+
+
+def load_choice(name: str) -> Callable[..., Choice]:
+    """Raises RecipeError for a method that takes single steps."""
+    if name not in CHOICES:
+        raise RecipeError(
+            f"gradient.method {name} takes single steps, and the recipe's pipeline can only be run as a whole. "
+            f"Write one of: {', '.join(CHOICES)}; or give the pipeline an adapter of its own (rewardtune/plugins.py)."
+        )
+    module, function = CHOICES[name].split(":")
+    choice: Callable[..., Choice] = getattr(import_module(module), function)
+    return choice
 
 
 def load_method(name: str) -> Callable[..., Finished]:

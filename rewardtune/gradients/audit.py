@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rewardtune.errors import RecipeError
 from rewardtune.gradients import METHODS, load_method
+from rewardtune.plugins import WholeRollout
 from rewardtune.recipe.gradients import GradientSection, steps_needed
 from rewardtune.recipe.sections import DirectRewardRecipe
 from rewardtune.scoring.score import parse_spec
@@ -61,6 +62,10 @@ def audit(
     alone = recipe.model_copy(update={"regularise": recipe.regularise.model_copy(update=plain), "guard": None})
     task = build_task(alone, device=device)
     assert isinstance(task, DirectReward)
+    if isinstance(task.pipeline, WholeRollout):
+        raise RecipeError(
+            f"audit takes single steps, and the family {task.pipeline.family!r} runs its pipeline as a whole."
+        )
     parameters = list(trained_parameters(task).values())
     size = recipe.train.batch_size // recipe.train.accumulation
     starts = [range(k * size, (k + 1) * size) for k in range(batches)]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rewardtune.compare.diversity import distances, features
 from rewardtune.data.images import to_pil
 from rewardtune.diffusion.rollout import sample
-from rewardtune.plugins import Guidance, Pipeline
+from rewardtune.plugins import AnyPipeline, Guidance
 from rewardtune.randomness import generator
 from rewardtune.scoring.reward_set import RewardSet, Term, score_term
 from rewardtune.types import Prompt
@@ -38,7 +38,7 @@ class Watch:
     """Draws `seeds` images of each prompt, `batch_size` at a time, with the noise of (seed, prompt, copy) alone."""
 
     def __init__(
-        self, pipeline: Pipeline, *, prompts: Sequence[Prompt], seeds: int, held_out: Sequence[Term],
+        self, pipeline: AnyPipeline, *, prompts: Sequence[Prompt], seeds: int, held_out: Sequence[Term],
         trained: RewardSet | None, num_steps: int, guidance: Guidance, size: tuple[int, int], batch_size: int,
     ) -> None:  # fmt: skip
         self.pipeline, self.prompts, self.seeds = pipeline, prompts, seeds

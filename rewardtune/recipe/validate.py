@@ -14,11 +14,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from rewardtune import registry
+from rewardtune import gradients, registry
 from rewardtune.data.references import PREFIX, pocket_path, resolve
 from rewardtune.errors import DataError, PluginError, RecipeError, RewardTuneError
 from rewardtune.plugins import RewardCard
 from rewardtune.recipe.mistakes import Loc, Mistake, dotted, schema_mistakes, value_at
+from rewardtune.recipe.sections import RolloutSection
 from rewardtune.recipe.suggest import closest
 
 HEAD_BYTES = 1_000_000
@@ -40,7 +41,7 @@ def check_joins(data: Mapping[str, Any]) -> list[Mistake]:
         mistakes += _load_mistakes(("compare", "judge"), judge)
     family = value_at(data, ("pipeline", "family"))
     if isinstance(family, str):
-        mistakes += _check_family(family, value_at(data, ("pipeline", "options")))
+        mistakes += _check_family(family, data)
     return mistakes
 
 
@@ -147,12 +148,28 @@ def _check_options(loc: Loc, options: Any, config: type[BaseModel]) -> list[Mist
 # ---------------------------------------------------------------------------------------------------------- pipelines
 
 
-def _check_family(family: str, options: Any) -> list[Mistake]:
+def _check_family(family: str, data: Mapping[str, Any]) -> list[Mistake]:
     try:
         plugin: Any = registry.pipelines.load_class(family)
     except PluginError as error:
         return [Mistake(("pipeline", "family"), str(error))]
-    return _check_options(("pipeline", "options"), options, plugin.Config)
+    mistakes = _check_options(("pipeline", "options"), value_at(data, ("pipeline", "options")), plugin.Config)
+    return mistakes + (list(_check_whole(family, data)) if hasattr(plugin, "rollout") else [])
+
+
+def _check_whole(family: str, data: Mapping[str, Any]) -> Iterator[Mistake]:
+    """What a family cannot do that runs its pipeline as a whole (`plugins.WholeRollout`)."""
+    runs = f"the family '{family}' runs its pipeline as a whole"
+    if data.get("task") == "sft":
+        yield Mistake(("task",), f"{runs}, and sft needs single predictions; write task: direct_reward")
+        return
+    method = value_at(data, ("gradient", "method"))
+    if method in gradients.METHODS and method not in gradients.CHOICES:
+        wanted = " or ".join(gradients.CHOICES)
+        yield Mistake(("gradient", "method"), f"{runs}, and {method} takes single steps; write {wanted}")
+    if (value_at(data, ("rollout", "guidance")) or RolloutSection().guidance) == "detached-negative":
+        told = "; write rollout.guidance: full, or off"
+        yield Mistake(("rollout", "guidance"), f"{runs}, so no branch of its guidance can be without gradient{told}")
 
 
 def _check_pipeline(model: str, data: Mapping[str, Any]) -> list[Mistake]:
@@ -177,6 +194,7 @@ def _check_pipeline(model: str, data: Mapping[str, Any]) -> list[Mistake]:
         return [Mistake(loc, f"{index_file} is not the index of a diffusers pipeline")]
     if value_at(data, ("pipeline", "family")) is not None:
         return []  # the join check has looked at it
+    whole = []
     for name in registry.pipelines.names():
         try:
             plugin: Any = registry.pipelines.load_class(name)
@@ -184,11 +202,13 @@ def _check_pipeline(model: str, data: Mapping[str, Any]) -> list[Mistake]:
             continue  # somebody else's broken family is not this recipe's mistake; `doctor` tells of it
         if plugin.matches(index):
             return _check_options(("pipeline", "options"), value_at(data, ("pipeline", "options")), plugin.Config)
+        whole += [name] if hasattr(plugin, "rollout") else []
     return [
         Mistake(
             loc,
             f"{model} is a {index.get('_class_name', 'pipeline of unknown class')}, which no family recognises; "
-            f"there are {', '.join(registry.pipelines.names())} (name one with pipeline.family if it works alike)",
+            f"there are {', '.join(registry.pipelines.names())} (name one with pipeline.family if it works alike; "
+            f"{' or '.join(whole)} runs any text-to-image pipeline as a whole)",
         )
     ]
 

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from rewardtune.diffusion import lora
 from rewardtune.diffusion.rollout import Chain
-from rewardtune.gradients import Draws, Finished
-from rewardtune.plugins import Guidance, Pipeline
+from rewardtune.gradients import Choice, Draws, Finished
+from rewardtune.plugins import AnyPipeline, Guidance, Pipeline, WholeRollout
 from rewardtune.randomness import choice, epoch_index, generator
 from rewardtune.scoring.augment import Augmentation
 from rewardtune.scoring.reward_set import RewardSet
@@ -30,21 +30,23 @@ class Batch:
     step: int
     indices: tuple[int, ...]
     prompts: list[Prompt]
-    noise: Tensor
+    noise: Tensor | None
+    """None where the pipeline is run as a whole, and draws it."""
 
 
 class DirectReward:
-    """See `tasks.Task`. method: a `gradients.Method` with its settings bound. velocity: weight of the pull to the
+    """See `tasks.Task`. method: a `gradients.Method` with its settings bound, or what it
+    chooses, for a pipeline that is run as a whole. velocity: weight of the pull to the
     frozen start. sft: a task whose loss is added, and its weight."""
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: AnyPipeline,
         *,
         trainable: Mapping[str, nn.Module],
         prompts: Sequence[Prompt],
         rewards: RewardSet,
-        method: Callable[..., Finished],
+        method: Callable[..., Finished] | Choice,
         num_steps: int,
         guidance: Guidance,
         size: tuple[int, int],
@@ -64,20 +66,17 @@ class DirectReward:
     def batch(self, step: int, indices: Sequence[int]) -> Batch:
         rows = [epoch_index(self.seed, "prompts/order", i, len(self.prompts)) for i in indices]
         prompts = [self.prompts[row] for row in rows]
-        noise = self.pipeline.noise([generator(self.seed, "rollout/noise", i) for i in indices], self.size)
+        if isinstance(self.pipeline, WholeRollout):
+            noise = None
+        else:
+            noise = self.pipeline.noise(self._generators(indices), self.size)
         return Batch(step, tuple(indices), prompts, noise)
 
     def step(self, batch: Batch) -> StepOutput:
-        conditioning = self._encode(batch.prompts)
-        chain = Chain(self.pipeline, conditioning, num_steps=self.num_steps, guidance=self.guidance, size=self.size)
-        keys = [generator(self.seed, "gradient/noise", i) for i in batch.indices]
-        draws = Draws(choice(self.seed, "gradient/step", batch.step), keys)
-        latents, weights = self.method(chain, batch.noise, draws)
-        # recomputing the decoder keeps its graph away while the reward's lives, and the other way round
-        images = checkpoint(self.pipeline.decode, latents, use_reentrant=False, preserve_rng_state=False)
+        images, weights, chain = self._images(batch)
         copies = len(images) // len(batch.prompts)
         loss, metrics = self._reward(images.clamp(0, 1), batch, copies, weights)
-        if self.velocity:
+        if self.velocity and chain is not None:
             distance = self._distance(chain, batch.step)
             loss, metrics["velocity"] = loss + self.velocity * distance, distance.item()
         if self.sft is not None:
@@ -85,6 +84,25 @@ class DirectReward:
             denoising = task.step(task.batch(batch.step, batch.indices)).loss
             loss, metrics["sft_loss"] = loss + weight * denoising, denoising.item()
         return StepOutput(loss=loss, metrics=metrics)
+
+    def _images(self, batch: Batch) -> tuple[Tensor, Tensor | None, Chain | None]:
+        """Images with graph, the method's weights of them, and the chain that drew them, where one did."""
+        if isinstance(self.pipeline, WholeRollout):
+            assert isinstance(self.method, Choice)
+            images = self.pipeline.rollout(
+                batch.prompts, self._generators(batch.indices), num_steps=self.num_steps, guidance=self.guidance,
+                size=self.size, **self.method._asdict(),
+            )  # fmt: skip
+            return images, None, None
+        assert callable(self.method) and batch.noise is not None
+        conditioning = self._encode(self.pipeline, batch.prompts)
+        chain = Chain(self.pipeline, conditioning, num_steps=self.num_steps, guidance=self.guidance, size=self.size)
+        keys = [generator(self.seed, "gradient/noise", i) for i in batch.indices]
+        draws = Draws(choice(self.seed, "gradient/step", batch.step), keys)
+        latents, weights = self.method(chain, batch.noise, draws)
+        # recomputing the decoder keeps its graph away while the reward's lives, and the other way round
+        images = checkpoint(self.pipeline.decode, latents, use_reentrant=False, preserve_rng_state=False)
+        return images, weights, chain
 
     def _reward(
         self, images: Tensor, batch: Batch, copies: int, weights: Tensor | None
@@ -119,7 +137,10 @@ class DirectReward:
     def evaluate(self) -> Mapping[str, float]:
         return {}
 
-    def _encode(self, prompts: Sequence[Prompt]) -> Any:
+    def _encode(self, pipeline: Pipeline, prompts: Sequence[Prompt]) -> Any:
         """Conditioning; with graph only where a text encoder is trained, any of them."""
         with torch.set_grad_enabled(any(name != self.pipeline.denoiser for name in self.trainable)):
-            return self.pipeline.encode(prompts, self.guidance)
+            return pipeline.encode(prompts, self.guidance)
+
+    def _generators(self, indices: Sequence[int]) -> list[torch.Generator]:
+        return [generator(self.seed, "rollout/noise", i) for i in indices]

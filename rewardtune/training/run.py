@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from rewardtune.training.checkpoint import Checkpoint
     from rewardtune.training.runtime import Runtime
     from rewardtune.training.state import State
+
+Writer = Callable[[Path, dict[str, str]], None]
+"""Writes an export with its provenance into an empty folder."""
 
 
 def train_recipe(
@@ -74,10 +77,14 @@ def train_recipe(
     return folder
 
 
-def export_run(run: str | Path, *, out: str | Path | None = None) -> Path:
+def export_run(
+    run: str | Path, *, out: str | Path | None = None, format: str = "diffusers", merge: bool = False
+) -> Path:
     """Export a run's newest checkpoint, finished or not, to `out` (or the run's export/), and return the folder.
 
-    Raises RecipeError when the folder is no run or holds no checkpoint, CheckFailed when the export does not reload.
+    format: `diffusers`, or `comfyui` for a file of adapters that it loads. merge: the whole pipeline with the adapters
+    folded in. These go to the run's export-comfyui/ and export-merged/ by default. Raises RecipeError when the folder
+    is no run, holds no checkpoint or has no adapters, CheckFailed when the export does not reload.
     """
     from rewardtune.training import checkpoint as checkpoints
     from rewardtune.training import run_folder, runtime
@@ -94,11 +101,32 @@ def export_run(run: str | Path, *, out: str | Path | None = None) -> Path:
     where = runtime.start(device=recipe.train.device, precision=recipe.train.precision)
     guard = _finished_guard(recipe, folder, saved.step)
     task = _restored(recipe, saved, where, guard)
-    target = Path(out) if out is not None else folder / "export"
+    write = _other_form(recipe, task, format=format, merge=merge)
+    name = "export-merged" if merge else "export-comfyui" if format == "comfyui" else "export"
+    target = Path(out) if out is not None else folder / name
     chosen = guard.chosen() if guard else None
     step = saved.step if chosen is None else chosen
-    _export(task, target, run_folder.provenance(folder, step=step))
+    _export(write or task.export, target, run_folder.provenance(folder, step=step))
     return target
+
+
+def _other_form(recipe: Recipe, task: Any, *, format: str, merge: bool) -> Writer | None:
+    """What writes another form of export than the task's own; None for that."""
+    if format not in ("diffusers", "comfyui") or (merge and format == "comfyui"):
+        raise RecipeError(
+            f"export: format {format!r}{' with --merge' if merge else ''} is not offered. There are diffusers, "
+            "comfyui, and --merge, which writes a whole diffusers pipeline."
+        )
+    if format == "diffusers" and not merge:
+        return None
+    wanted = "--merge" if merge else "--format comfyui"
+    if not isinstance(recipe, SftRecipe | DirectRewardRecipe) or recipe.lora is None:
+        raise RecipeError(f"export {wanted} is about adapters of a pipeline; this run ({recipe.task}) trained none.")
+    from rewardtune.diffusion import comfyui, export
+
+    base, modules = recipe.pipeline.model, list(task.trainable)
+    write = export.merged if merge else comfyui.export
+    return lambda folder, provenance: write(task.pipeline, modules, folder, provenance, base=base)
 
 
 def _restored(recipe: Recipe, saved: Checkpoint, where: Runtime, guard: Guard | None = None) -> Task:
@@ -155,13 +183,13 @@ def _take_back(guard: Guard | None, state: State, facts: dict[str, Any]) -> None
         facts["step"] = step
 
 
-def _export(task: Task, target: Path, provenance: dict[str, str]) -> None:
+def _export(write: Writer, target: Path, provenance: dict[str, str]) -> None:
     """Export beside `target`, then put it in its place: a former export is replaced only by a whole one."""
     temporary = target.parent / f".tmp-{target.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        task.export(temporary, provenance)
+        write(temporary, provenance)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
     except OSError as error:
@@ -211,7 +239,7 @@ def _run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any, run_i
                     gc.collect()
                     task, averaged = _restored(recipe, _newest(folder), where, guard), nullcontext()
                 with averaged:
-                    _export(task, folder / "export", run_folder.provenance(folder, step=facts["step"]))
+                    _export(task.export, folder / "export", run_folder.provenance(folder, step=facts["step"]))
                 _mark_finished(folder, facts)
         if trackers is not None and facts["evaluation"]:
             named = {f"evaluation/{name}": value for name, value in facts["evaluation"].items()}

@@ -18,6 +18,7 @@ from rewardtune.compare import reproduce
 from rewardtune.compare.sampling import Plan, sample_sides
 from rewardtune.compare.sides import Side
 from rewardtune.diffusion.parameterisation import shares, training_pair
+from rewardtune.errors import RecipeError
 from rewardtune.gradients.draft import draft
 from rewardtune.plugins import Guidance
 from rewardtune.recipe.sections import PipelineSection
@@ -33,6 +34,7 @@ COLUMNS = {
     "differences": "finite differences",
     "sft": "SFT loss",
     "lora": "LoRA loads in diffusers",
+    "comfyui": "names for ComfyUI",
 }
 
 
@@ -269,7 +271,7 @@ def test_exported_adapters_load_to_the_same_image(name, family, tmp_path):
     """Also at alpha != rank: the scale is folded, so a loader that ignores metadata gets full strength."""
     from diffusers import DiffusionPipeline
 
-    from rewardtune.diffusion import export, lora
+    from rewardtune.diffusion import comfyui, export, lora
 
     base, folder = tmp_path / "base", tmp_path / "export"
     family.make().save_pretrained(base)
@@ -295,6 +297,19 @@ def test_exported_adapters_load_to_the_same_image(name, family, tmp_path):
     assert torch.allclose(export.probe(family.adapter(fresh)), export.probe(adapter), atol=1e-5)
     assert not torch.allclose(export.probe(family.adapter(fresh)), untouched, atol=1e-3)
     note(name, "lora", "same image" if hasattr(fresh, "load_lora_weights") else "same image, through peft")
+    wanted = export.probe(adapter)
+    if adapter.comfyui is None:
+        with pytest.raises(RecipeError, match="--merge"):
+            comfyui.keys(adapter, names)
+    else:
+        tensors, other = comfyui.keys(adapter, names), DiffusionPipeline.from_pretrained(base)
+        other.set_progress_bar_config(disable=True)
+        parity.load_like_comfyui(other, names, tensors)
+        assert torch.allclose(export.probe(family.adapter(other)), wanted, atol=1e-4)
+    note(name, "comfyui", adapter.comfyui or "none known")
+    lora.merge({n: adapter.trainable[n] for n in names})
+    assert torch.allclose(export.probe(adapter), wanted, atol=1e-4)
+    assert not any("lora" in path for n in names for path, _ in adapter.trainable[n].named_parameters())
 
 
 def test_the_page_shows_these_results(request):

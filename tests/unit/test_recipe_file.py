@@ -391,7 +391,7 @@ def test_a_local_pipeline_of_no_family_is_refused(recipe, tmp_path):
     local_pipeline(tmp_path / "strange", "KolorsPipeline")
     said = mistakes_of(recipe(), "pipeline.model=./strange")
     assert "is a KolorsPipeline, which no family recognises" in said
-    assert "z_image" in said
+    assert "z_image" in said and "generic runs any text-to-image pipeline as a whole" in said
     (tmp_path / "strange" / "model_index.json").write_text("{")
     assert "cannot be read" in mistakes_of(recipe(), "pipeline.model=./strange")
 

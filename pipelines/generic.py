@@ -1,0 +1,325 @@
+"""Any other text-to-image pipeline of diffusers: its own `__call__`, run as a whole, with gradient where it is wanted.
+
+Chosen with `pipeline.family: generic`. It serves what only rolls out: DRaFT, samples, `compare`. It knows nothing of
+the pipeline but the names that all of them share, and refuses what it cannot do, rather than to train on nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from rewardtune.errors import RecipeError
+from rewardtune.plugins import Guidance, Options
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+_NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "output_type", "return_dict")
+_VIDEO = ("num_frames", "video", "video_length", "num_videos_per_prompt", "frames")
+_START = ("strength", "mask_image", "control_image", "control_guidance_start", "controlnet_conditioning_scale")
+_PICTURES = ("image", "images", "input_images", "reference_image")
+_OURS = {*_NEEDED, "guidance_scale", "true_cfg_scale", "negative_prompt", "num_images_per_prompt", "latents"}
+
+
+class Generic:
+    """See `plugins.WholeRollout`."""
+
+    family = "generic"
+    comfyui = None
+
+    class Config(Options):
+        """Options of the family."""
+
+        call: dict[str, Any] = Field(default_factory=dict)
+        """More keyword arguments of the pipeline's call, such as max_sequence_length."""
+        size: tuple[int, int] | None = None
+        """Height and width that a recipe gets when it names none; the pipeline's own when left out."""
+
+    @classmethod
+    def matches(cls, model_index: Mapping[str, Any]) -> bool:
+        """nothing: any text-to-image pipeline, where pipeline.family names it."""
+        return False
+
+    @classmethod
+    def load(cls, path: str, config: Config, *, revision: str | None, dtype: torch.dtype, device: str) -> Generic:
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True)
+        return cls(pipe.to(device), config)
+
+    def __init__(self, pipe: Any, config: Config | None = None) -> None:
+        self.pipe = pipe
+        self.options = config or self.Config()
+        # the outermost decorator is no_grad, and others may lie below it
+        self._function = inspect.unwrap(type(pipe).__call__)
+        self._parameters = inspect.signature(self._function).parameters
+        self.denoiser = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
+        self._check_kind()
+        for name in self.options.call:
+            if name in _OURS or name not in self._parameters:
+                raise RecipeError(
+                    f"pipeline.options.call: {name!r} is "
+                    + ("set by the recipe itself" if name in _OURS else f"no argument of {type(pipe).__name__}")
+                    + f". There are: {', '.join(n for n in self._parameters if n not in _OURS and n != 'self')}."
+                )
+        # they blacken or mark images, outside of any graph
+        for name in ("safety_checker", "watermark"):
+            if getattr(pipe, name, None) is not None:
+                setattr(pipe, name, None)
+        self.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        self.image_size = self.options.size or self._own_size()
+        processor = getattr(pipe, "image_processor", None)
+        factor = processor.config.get("vae_scale_factor") if processor is not None else None
+        self.size_multiple = factor or getattr(pipe, "vae_scale_factor", 1)
+        module = getattr(pipe, self.denoiser)
+        self.trainable = {self.denoiser: module}
+        usual = ("to_q", "to_k", "to_v", "to_out.0")
+        there = [n for n in usual if any(path.endswith(f".{n}") for path, _ in module.named_modules())]
+        self.lora_targets = {self.denoiser: there or list(usual)}
+
+    def call(self, guidance: Guidance) -> dict[str, Any]:
+        if guidance.mode == "detached-negative":
+            raise self._refusal(
+                "runs as a whole, so no branch of its guidance can be without gradient; write rollout.guidance: full, "
+                "or off"
+            )
+        guided, negative = guidance.mode == "full", guidance.negative_prompt
+        said: dict[str, Any] = {}
+        if "true_cfg_scale" in self._parameters:
+            said["true_cfg_scale"] = guidance.scale if guided else 1.0
+            if guidance.embedded is not None and "guidance_scale" in self._parameters:
+                said["guidance_scale"] = guidance.embedded
+        elif "guidance_scale" in self._parameters:
+            said["guidance_scale"] = guidance.scale if guided else self._unguided()
+        # those of `true_cfg_scale` guide only where there is a negative prompt, be it an empty one
+        if guided and (negative or "true_cfg_scale" in said):
+            if "negative_prompt" not in self._parameters:
+                raise self._refusal("takes no negative prompt; leave rollout.negative_prompt out")
+            said["negative_prompt"] = negative
+        return {**said, **self.options.call}
+
+    def rollout(
+        self,
+        prompts: Sequence[str],
+        generators: Sequence[torch.Generator],
+        *,
+        num_steps: int,
+        guidance: Guidance,
+        size: tuple[int, int],
+        gradient_steps: slice,
+        recompute: bool,
+    ) -> Tensor:
+        import torch
+
+        arguments = {
+            **self.call(guidance), "prompt": [str(p) for p in prompts], "generator": list(generators),
+            "height": size[0], "width": size[1], "num_inference_steps": num_steps, "output_type": "pt",
+            "return_dict": False,
+        }  # fmt: skip
+        if "negative_prompt" in arguments:
+            arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
+        denoiser = self.trainable[self.denoiser]
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in denoiser.parameters())
+        # a scheduler of its own: what one keeps from an earlier call must not reach this one
+        with _replaced(self.pipe, "scheduler", type(self.scheduler).from_config(self.scheduler.config)):
+            steps = _Steps(self.pipe, gradient_steps, recompute=recompute)
+            with steps.watched(denoiser) if trained else nullcontext():
+                images = self._run(arguments)
+            if trained:
+                steps.check(images)
+        return images.float()
+
+    def _run(self, arguments: Mapping[str, Any]) -> Tensor:
+        try:
+            images = self._function(self.pipe, **arguments)[0]
+        except RecipeError:
+            raise
+        except RuntimeError as error:
+            if "requires grad" in str(error) or "nference tensor" in str(error):
+                raise self._refusal(f"leaves the graph on its way to the image: {error}") from error
+            raise
+        except ValueError as error:
+            raise self._refusal(f"refuses its call: {error}") from error
+        return self._checked(images, (len(arguments["prompt"]), 3, arguments["height"], arguments["width"]))
+
+    def _check_kind(self) -> None:
+        """Raise RecipeError unless this is a pipeline from text to one image, with one denoiser."""
+        from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+
+        def taken(names: Sequence[str]) -> list[str]:
+            return [name for name in names if name in self._parameters]
+
+        if found := taken(_VIDEO):
+            raise self._refusal(f"makes videos (its call takes {found[0]}), and rewards score single images")
+        if found := taken(_START):
+            raise self._refusal(f"starts from a picture (its call takes {found[0]}), and recipes have prompts alone")
+        # of those that can take pictures beside the prompt, diffusers says which need none
+        if (found := taken(_PICTURES)) and type(self.pipe) not in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
+            raise self._refusal(
+                f"takes pictures (its call has {found[0]}) and is not among diffusers' text-to-image pipelines"
+            )
+        if missing := [name for name in _NEEDED if name not in self._parameters]:
+            raise self._refusal(f"has a call without {', '.join(missing)}")
+        if getattr(self.pipe, self.denoiser, None) is None or getattr(self.pipe, "scheduler", None) is None:
+            raise self._refusal("has no transformer or unet with a scheduler, so its steps cannot be told apart")
+
+    def _checked(self, images: Any, shape: tuple[int, ...]) -> Tensor:
+        """The call's images. Raises RecipeError for what is no batch of images of this shape with values in [0, 1]."""
+        import torch
+
+        if not isinstance(images, torch.Tensor):
+            raise self._refusal(f"gives {type(images).__name__} for output_type='pt', not a tensor")
+        if images.shape != shape:
+            raise self._refusal(
+                f"gives images of shape {tuple(images.shape)} where {shape} were asked for; write a size that it does "
+                "not round (rollout.height and width)"
+            )
+        low, high = (float(bound) for bound in images.detach().aminmax())
+        if low < 0 or high > 1:
+            raise self._refusal(f"gives values from {low:.2g} to {high:.2g} for output_type='pt', not from 0 to 1")
+        return images
+
+    def _unguided(self) -> float:
+        """The scale that switches guidance off: 1, or 0 in pipelines that count from there."""
+        for scale in (1.0, 0.0):
+            # what each call notes first, and its own rule reads
+            self.pipe._guidance_scale = scale
+            if not getattr(self.pipe, "do_classifier_free_guidance", False):
+                return scale
+        raise self._refusal("guides at every scale; write rollout.guidance: full")
+
+    def _own_size(self) -> tuple[int, int]:
+        defaults = [self._parameters[name].default for name in ("height", "width")]
+        if all(isinstance(side, int) for side in defaults):
+            return (defaults[0], defaults[1])
+        side = getattr(self.pipe, "default_sample_size", None)
+        side = side or getattr(self.pipe, self.denoiser).config.get("sample_size")
+        factor = getattr(self.pipe, "vae_scale_factor", 1)
+        # what every other pipeline falls back on
+        return (side * factor, side * factor) if isinstance(side, int) else (1024, 1024)
+
+    def _refusal(self, what: str) -> RecipeError:
+        return _refusal(self.pipe, what)
+
+
+class _Steps:
+    """Follows one call: tells its steps apart, lets the chosen ones record gradient, and notices where it is lost."""
+
+    def __init__(self, pipe: Any, gradient_steps: slice, *, recompute: bool) -> None:
+        """pipe: with the scheduler that this call has for itself."""
+        self._pipe, self._gradient_steps, self._recompute = pipe, gradient_steps, recompute
+        self._taken = 0
+
+    @contextmanager
+    def watched(self, denoiser: nn.Module) -> Iterator[None]:
+        """Inside, `scheduler.step` counts, and denoiser and decoder record as the step wants it."""
+        scheduler, vae = self._pipe.scheduler, getattr(self._pipe, "vae", None)
+        with ExitStack() as stack:
+            stack.enter_context(_replaced(scheduler, "step", self._counted(scheduler.step)))
+            stack.enter_context(_replaced(denoiser, "forward", self._recorded(denoiser.forward)))
+            if vae is not None:
+                # recomputing the decoder keeps its graph away while the reward's lives, and the other way round
+                stack.enter_context(_replaced(vae, "decode", self._recomputed(vae.decode)))
+            yield
+
+    def check(self, images: Tensor) -> None:
+        """Raise RecipeError where the call took other steps than its scheduler has, or its image has no graph."""
+        total = len(self._pipe.scheduler.timesteps)
+        if self._taken != total:
+            raise _refusal(
+                self._pipe,
+                f"takes {self._taken} steps where its scheduler has {total}, so it cannot be told which are the last",
+            )
+        if self._chosen and not images.requires_grad:
+            raise _refusal(
+                self._pipe,
+                "leaves the graph between its last step and the image (it decodes without gradient, or detaches), so "
+                "there is nothing to train on",
+            )
+
+    @property
+    def _chosen(self) -> range:
+        return range(len(self._pipe.scheduler.timesteps))[self._gradient_steps]
+
+    def _counted(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(step)  # pipelines ask for its signature
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self._taken += 1
+            return step(*args, **kwargs)
+
+        return counted
+
+    def _recorded(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        import torch
+
+        @wraps(forward)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            chosen = self._chosen
+            if self._taken not in chosen:
+                with torch.no_grad():
+                    return forward(*args, **kwargs)
+            if self._taken > chosen.start and not any(t.requires_grad for t in _tensors((args, kwargs))):
+                raise _refusal(
+                    self._pipe,
+                    "leaves the graph between its steps (it detaches its latents, or its scheduler does), so only the "
+                    "last one would be trained",
+                )
+            return (self._recomputed(forward) if self._recompute else forward)(*args, **kwargs)
+
+        return recorded
+
+    def _recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        from torch.utils.checkpoint import checkpoint
+
+        @wraps(function)
+        def recomputed(*args: Any, **kwargs: Any) -> Any:
+            # torch looks after positional tensors only
+            versions = [t._version for t in _tensors((args, kwargs))]
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                if [t._version for t in _tensors((args, kwargs))] != versions:
+                    raise _refusal(
+                        self._pipe,
+                        "changes tensors in place, so its steps cannot be run again; write gradient.memory: fast",
+                    )
+                return function(*args, **kwargs)
+
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        return recomputed
+
+
+def _refusal(pipe: Any, what: str) -> RecipeError:
+    return RecipeError(f"pipeline.family generic: {type(pipe).__name__} {what.rstrip('.')}.")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors among a call's arguments, and in their lists and dicts."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple | Mapping):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
+
+
+@contextmanager
+def _replaced(thing: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, `thing` has another attribute; methods are put over the class's own."""
+    before = vars(thing).get(name)
+    setattr(thing, name, value)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(thing, name)
+        else:
+            setattr(thing, name, before)

@@ -1,0 +1,589 @@
+"""`pipeline.family: generic`: pipelines that have no file of ours, run as a whole, with the gradient of their own call.
+
+Real classes with small random weights and the schedulers of the published checkpoints, in fp32.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import diffusers
+import pytest
+import tiny
+import torch
+from parity import PROMPTS, STEPS, chain, generators, gradient
+from rewardtune.pipelines.generic import Generic
+from rewardtune.pipelines.stable_diffusion import StableDiffusion
+from rewardtune.pipelines.z_image import ZImage
+
+from rewardtune import gradients
+from rewardtune.build import build_task, find_family, load_pipeline
+from rewardtune.diffusion import export, lora
+from rewardtune.diffusion.rollout import sample
+from rewardtune.errors import RecipeError
+from rewardtune.gradients.draft import choice, draft
+from rewardtune.plugins import Guidance, RewardCard, WholeRollout
+from rewardtune.recipe.file import load_recipe
+from rewardtune.recipe.sections import PipelineSection
+from rewardtune.scoring.reward_set import RewardSet, Term
+from rewardtune.tasks.direct_reward import DirectReward
+from rewardtune.types import Prompt, Score
+
+SIZES = ((16, 16), (16, 32))
+OFF = Guidance("off")
+
+
+# ---------------------------------------------------------------------------------------------------------- pipelines
+
+
+def t5():
+    from transformers import T5Config, T5EncoderModel
+
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return T5EncoderModel(T5Config(**sizes, pad_token_id=0, decoder_start_token_id=0))
+
+
+def aura_flow():
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return tiny.ready(
+        diffusers.AuraFlowPipeline(
+            tokenizer=tiny.words(), text_encoder=UMT5EncoderModel(UMT5Config(**sizes)),
+            vae=tiny.autoencoder(scaling_factor=0.6),
+            transformer=diffusers.AuraFlowTransformer2DModel(
+                sample_size=8, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
+                num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=16, pos_embed_max_size=256,
+            ),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
+        )
+    )  # fmt: skip
+
+
+def pixart_alpha():
+    torch.manual_seed(0)
+    return tiny.ready(
+        diffusers.PixArtAlphaPipeline(
+            tokenizer=tiny.words(), text_encoder=t5(), vae=tiny.autoencoder(scaling_factor=0.6),
+            transformer=diffusers.PixArtTransformer2DModel(
+                num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
+                cross_attention_dim=16, sample_size=8, caption_channels=16, use_additional_conditions=False,
+            ),
+            scheduler=diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+        )
+    )  # fmt: skip
+
+
+def cog_view_4():
+    from transformers import GlmConfig, GlmModel
+
+    torch.manual_seed(0)
+    text = GlmConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, pad_token_id=0, eos_token_id=3,
+    )  # fmt: skip
+    return tiny.ready(
+        diffusers.CogView4Pipeline(
+            tokenizer=tiny.words(), text_encoder=GlmModel(text), vae=tiny.autoencoder(scaling_factor=0.6),
+            transformer=diffusers.CogView4Transformer2DModel(
+                in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+                text_embed_dim=16, time_embed_dim=8, condition_dim=4, sample_size=8,
+            ),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+                base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True,
+                time_shift_type="linear",
+            ),
+        )
+    )  # fmt: skip
+
+
+def chroma():
+    torch.manual_seed(0)
+    return tiny.ready(
+        diffusers.ChromaPipeline(
+            tokenizer=tiny.words(), text_encoder=t5(), vae=tiny.autoencoder(scaling_factor=0.6, shift_factor=0.1),
+            transformer=diffusers.ChromaTransformer2DModel(
+                in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+                joint_attention_dim=16, axes_dims_rope=(4, 2, 2), approximator_num_channels=8,
+                approximator_hidden_dim=16, approximator_layers=1,
+            ),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_beta_sigmas=True),
+        )
+    )  # fmt: skip
+
+
+def ovis_image():
+    from transformers import Qwen3Config, Qwen3Model
+
+    torch.manual_seed(0)
+    text = Qwen3Config(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    return tiny.ready(
+        diffusers.OvisImagePipeline(
+            tokenizer=tiny.words(chat_template="{% for m in messages %}a {{ m['content'] }}{% endfor %}"),
+            text_encoder=Qwen3Model(text), vae=tiny.autoencoder(scaling_factor=0.6, shift_factor=0.1),
+            transformer=diffusers.OvisImageTransformer2DModel(
+                in_channels=16, out_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8,
+                num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(4, 2, 2),
+            ),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )
+    )  # fmt: skip
+
+
+def flux():
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=2, eos_token_id=3, pad_token_id=0, projection_dim=16,
+    )  # fmt: skip
+    return tiny.ready(
+        diffusers.FluxPipeline(
+            tokenizer=tiny.words(length=16), text_encoder=CLIPTextModel(text), tokenizer_2=tiny.words(),
+            text_encoder_2=t5(), vae=tiny.autoencoder(scaling_factor=0.6, shift_factor=0.1),
+            transformer=diffusers.FluxTransformer2DModel(
+                in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+                joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 2, 2), guidance_embeds=True,
+            ),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        )
+    )  # fmt: skip
+
+
+def stable_diffusion(scheduler=None):
+    return tiny.stable_diffusion(
+        scheduler
+        or diffusers.PNDMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+        )
+    )
+
+
+def euler():
+    return diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def heun():
+    return diffusers.HeunDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+FOREIGN = {
+    "aura_flow": (aura_flow, {}),
+    # it would draw at one of its own sizes and resize
+    "pixart_alpha": (pixart_alpha, {"use_resolution_binning": False}),
+    "cog_view_4": (cog_view_4, {}),
+    "chroma": (chroma, {"max_sequence_length": 32}),
+    "ovis_image": (ovis_image, {"max_sequence_length": 64}),
+    # takes true_cfg_scale beside the guidance that its transformer embeds
+    "flux": (flux, {"max_sequence_length": 32}),
+}
+"""Pipelines that the adapter knows nothing of, and options of their call."""
+
+
+@pytest.fixture(params=FOREIGN)
+def foreign(request):
+    make, call = FOREIGN[request.param]
+    return Generic(make(), Generic.Config(call=call))
+
+
+def arguments(adapter, guidance, size=SIZES[0]):
+    call = adapter.call(guidance)
+    if "negative_prompt" in call:
+        call["negative_prompt"] = [call["negative_prompt"]] * len(PROMPTS)
+    return {
+        "prompt": list(PROMPTS), "height": size[0], "width": size[1], "num_inference_steps": STEPS,
+        "generator": generators(), "output_type": "pt", **call,
+    }  # fmt: skip
+
+
+def roll_out(adapter, guidance, last_steps="all", memory="fast"):
+    return adapter.rollout(
+        PROMPTS, generators(), num_steps=STEPS, guidance=guidance, size=SIZES[0],
+        **choice(last_steps=last_steps, memory=memory)._asdict(),
+    )  # fmt: skip
+
+
+class Raw:
+    """What `parity.gradient` asks of an adapter, for runs that end in images."""
+
+    def __init__(self, adapter):
+        self.trainable, self.denoiser = adapter.trainable, adapter.denoiser
+
+    def decode(self, images):
+        return images
+
+
+def difference(found, wanted):
+    assert wanted.isfinite().all() and wanted.norm() > 0
+    return float((found - wanted).norm() / wanted.norm())
+
+
+# ----------------------------------------------------------------------------------------------- images and gradients
+
+
+@pytest.mark.parametrize("guidance", [OFF, Guidance("full", 3.0), Guidance("full", 3.0, "red")], ids=str)
+def test_images_equal_the_pipelines(foreign, guidance):
+    for size in SIZES:
+        found = sample(foreign, PROMPTS, generators(), num_steps=STEPS, guidance=guidance, size=size)
+        wanted = foreign.pipe(**arguments(foreign, guidance, size)).images
+        assert found.shape == (2, 3, *size)
+        assert torch.equal(found, wanted)
+    assert not torch.equal(roll_out(foreign, guidance), roll_out(foreign, Guidance("full", 2.0, "dog")))
+
+
+@pytest.mark.parametrize("memory", ["fast", "flat"])
+def test_full_chain_gradient_equals_autograd_through_the_call(foreign, memory):
+    guidance = Guidance("full", 3.0)
+    call = type(foreign.pipe).__call__.__wrapped__
+    wanted = gradient(Raw(foreign), lambda: call(foreign.pipe, **arguments(foreign, guidance)).images)
+    found = gradient(Raw(foreign), lambda: roll_out(foreign, guidance, memory=memory))
+    assert difference(found, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("memory", ["fast", "flat"])
+def test_gradient_of_the_last_steps_is_that_of_a_call_cut_before_them(foreign, memory):
+    """The pipelines' own callback can cut: it may give latents back."""
+    if "callback_on_step_end" not in inspect.signature(type(foreign.pipe).__call__).parameters:
+        pytest.skip("the pipeline has no callback")
+    guidance = Guidance("full", 3.0)
+    call = type(foreign.pipe).__call__.__wrapped__
+
+    def cut(pipe, i, timestep, kwargs):
+        return {"latents": kwargs["latents"].detach() if i == 1 else kwargs["latents"]}
+
+    wanted = gradient(
+        Raw(foreign), lambda: call(foreign.pipe, **arguments(foreign, guidance), callback_on_step_end=cut).images
+    )
+    whole = gradient(Raw(foreign), lambda: roll_out(foreign, guidance, memory=memory))
+    found = gradient(Raw(foreign), lambda: roll_out(foreign, guidance, STEPS - 2, memory))
+    assert difference(found, wanted) <= 1e-5
+    assert difference(whole, wanted) > 1e-3
+
+
+DEDICATED = {
+    "stable_diffusion": (StableDiffusion, stable_diffusion, Guidance("full", 3.0, "red")),
+    # the first and the second order have more steps than were asked for
+    "stable_diffusion, Euler": (StableDiffusion, lambda: stable_diffusion(euler()), Guidance("full", 3.0)),
+    "stable_diffusion, Heun": (StableDiffusion, lambda: stable_diffusion(heun()), Guidance("full", 3.0)),
+    "z_image": (ZImage, tiny.z_image, Guidance("full", 2.0, "red")),
+    "z_image, unguided": (ZImage, tiny.z_image, OFF),
+}
+
+
+@pytest.mark.parametrize("case", DEDICATED)
+@pytest.mark.parametrize("last_steps", [1, 2, "all"])
+def test_gradient_equals_that_of_the_familys_own_adapter(case, last_steps):
+    family, make, guidance = DEDICATED[case]
+    pipe = make()
+    own, generic = family(pipe), Generic(pipe)
+    assert isinstance(generic, WholeRollout) and not isinstance(own, WholeRollout) and not hasattr(generic, "predict")
+    images = [
+        sample(a, PROMPTS, generators(), num_steps=STEPS, guidance=guidance, size=SIZES[0]) for a in (own, generic)
+    ]
+    assert torch.equal(*images)
+
+    def step_by_step():
+        steps = chain(own, guidance, SIZES[0])
+        finished = draft(steps, own.noise(generators(), SIZES[0]), None, last_steps=last_steps, memory="fast")
+        return own.decode(finished.latents).clamp(0, 1)
+
+    wanted = gradient(Raw(own), step_by_step)
+    for memory in ("fast", "flat"):
+        found = gradient(Raw(generic), lambda memory=memory: roll_out(generic, guidance, last_steps, memory))
+        assert difference(found, wanted) <= 1e-5
+
+
+def test_only_the_chosen_steps_record_and_are_run_again():
+    adapter = Generic(aura_flow())
+    denoiser = adapter.trainable["transformer"].requires_grad_(True)
+    seen = []
+    denoiser.context_embedder.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    for memory, again in (("fast", 0), ("flat", 2)):
+        images = roll_out(adapter, OFF, 2, memory)
+        assert seen == [False] * (STEPS - 2) + [True] * 2
+        seen.clear()
+        images.sum().backward()
+        assert len(seen) == again
+        seen.clear()
+    with torch.no_grad():
+        roll_out(adapter, OFF)
+    assert seen == [False] * STEPS
+
+
+def test_the_pipeline_is_left_as_it_was():
+    pipe = aura_flow()
+    adapter = Generic(pipe)
+    adapter.trainable["transformer"].requires_grad_(True)
+    scheduler, before = pipe.scheduler, dict(vars(pipe.scheduler))
+    roll_out(adapter, OFF, 1, "flat")
+    with pytest.raises(RecipeError):
+        adapter.rollout(
+            PROMPTS, generators(), num_steps=STEPS, guidance=OFF, size=(17, 16), gradient_steps=slice(None),
+            recompute=False,
+        )  # fmt: skip
+    assert pipe.scheduler is scheduler and vars(scheduler) == before
+    assert "forward" not in vars(pipe.transformer) and "decode" not in vars(pipe.vae)
+
+
+def test_a_call_does_not_depend_on_the_one_before():
+    adapter = Generic(pixart_alpha(), Generic.Config(call={"use_resolution_binning": False}))
+    first = roll_out(adapter, OFF)
+    adapter.pipe(**{**arguments(adapter, OFF), "num_inference_steps": 7})
+    assert torch.equal(roll_out(adapter, OFF), first)
+
+
+# ----------------------------------------------------------------------------------------------------------- guidance
+
+
+def test_guidance_is_said_in_the_calls_own_words():
+    plain, from_zero = Generic(aura_flow()), Generic(tiny.z_image())
+    assert plain.call(OFF) == {"guidance_scale": 1.0}
+    assert from_zero.call(OFF) == {"guidance_scale": 0.0}  # where 1 would guide
+    assert plain.call(Guidance("full", 4.0)) == {"guidance_scale": 4.0}
+    assert plain.call(Guidance("full", 4.0, "red")) == {"guidance_scale": 4.0, "negative_prompt": "red"}
+    assert plain.call(Guidance("off", 4.0, "red")) == {"guidance_scale": 1.0}
+    true = Generic(flux())
+    assert true.call(OFF) == {"true_cfg_scale": 1.0}
+    assert true.call(Guidance("off", embedded=2.5)) == {"true_cfg_scale": 1.0, "guidance_scale": 2.5}
+    assert true.call(Guidance("full", 4.0)) == {"true_cfg_scale": 4.0, "negative_prompt": ""}
+    images = [roll_out(true, g) for g in (OFF, Guidance("off", embedded=2.5), Guidance("full", 4.0))]
+    assert not torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+
+
+def test_a_branch_without_gradient_is_refused():
+    with pytest.raises(RecipeError, match=r"AuraFlowPipeline runs as a whole.*rollout\.guidance: full, or off"):
+        Generic(aura_flow()).call(Guidance("detached-negative", 3.0))
+
+
+def test_options_of_the_call():
+    adapter = Generic(aura_flow(), Generic.Config(call={"max_sequence_length": 9}, size=(16, 24)))
+    assert adapter.call(OFF)["max_sequence_length"] == 9
+    assert adapter.image_size == (16, 24)
+    for name in ("max_length", "guidance_scale"):
+        with pytest.raises(RecipeError, match=f"'{name}' is (no argument of|set by).*max_sequence_length"):
+            Generic(aura_flow(), Generic.Config(call={name: 9}))
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("WanPipeline", "makes videos"),
+        ("LattePipeline", "makes videos"),
+        ("StableDiffusionImg2ImgPipeline", "starts from a picture"),
+        ("StableDiffusionInpaintPipeline", "starts from a picture"),
+        ("FluxControlPipeline", "starts from a picture"),
+        ("StableDiffusionXLControlNetPipeline", "starts from a picture"),
+        ("StableDiffusionInstructPix2PixPipeline", "takes pictures"),
+        ("QwenImageEditPipeline", "takes pictures"),
+        ("StableAudioPipeline", "without height, width"),
+        ("WuerstchenCombinedPipeline", "no transformer or unet"),
+    ],
+)
+def test_other_kinds_of_pipelines_are_refused(name, why):
+    family = getattr(diffusers, name)
+    with pytest.raises(RecipeError, match=f"generic: {name} .*{why}"):
+        Generic(object.__new__(family))
+
+
+def changed(change):
+    """Stable Diffusion, but its call is `change(call, pipe, ...)`."""
+
+    class Changed(diffusers.StableDiffusionPipeline):
+        @torch.no_grad()
+        def __call__(self, *args, **kwargs):
+            return change(diffusers.StableDiffusionPipeline.__call__.__wrapped__, self, *args, **kwargs)
+
+    Changed.__call__.__wrapped__.__signature__ = inspect.signature(diffusers.StableDiffusionPipeline.__call__)
+    pipe = Changed(**stable_diffusion().components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return Generic(pipe)
+
+
+def image(change):
+    return lambda call, *args, **kwargs: (change(call(*args, **kwargs)[0]),)
+
+
+def interrupted(pipe, i, timestep, kwargs):
+    pipe._interrupt = True
+    return {}
+
+
+def detached(pipe, i, timestep, kwargs):
+    return {"latents": kwargs["latents"].detach()}
+
+
+def detached_at_last(pipe, i, timestep, kwargs):
+    return {"latents": kwargs["latents"].detach()} if i == pipe.num_timesteps - 1 else {}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (image(lambda images: images.detach()), "between its last step and the image"),
+        (image(lambda images: torch.from_numpy(images.numpy())), "on its way to the image: Can't call numpy"),
+        (lambda c, *a, **k: c(*a, **k, callback_on_step_end=detached_at_last), "between its last step and the image"),
+        (lambda c, *a, **k: c(*a, **k, callback_on_step_end=detached), "between its steps"),
+        (lambda c, *a, **k: c(*a, **k, callback_on_step_end=interrupted), "takes 1 steps where its scheduler has 5"),
+        (image(lambda images: images.detach().numpy()), "gives ndarray for output_type='pt'"),
+        (image(lambda images: images * 2 - 1), "gives values from -"),
+        (image(lambda images: images[..., :8]), r"of shape \(2, 3, 16, 8\)"),
+        (image(lambda images: images.unsqueeze(1)), r"of shape \(2, 1, 3, 16, 16\)"),
+    ],
+)
+def test_what_would_train_on_nothing_or_on_other_images_is_refused(change, why):
+    adapter = changed(change)
+    adapter.trainable["unet"].requires_grad_(True)
+    with pytest.raises(RecipeError, match=f"Changed .*{why}"):
+        roll_out(adapter, OFF, 3)
+
+
+def test_a_step_whose_input_was_changed_in_place_is_not_run_again():
+    kept = []
+
+    def spoil(pipe, i, timestep, kwargs):
+        with torch.no_grad():
+            for latents in kept:
+                latents.add_(1)
+        kept[:] = [kwargs["latents"]]
+        return {}
+
+    adapter = Generic(ovis_image(), Generic.Config(call={"callback_on_step_end": spoil, "max_sequence_length": 64}))
+    adapter.trainable["transformer"].requires_grad_(True)
+    with pytest.raises(RecipeError, match=r"OvisImagePipeline changes tensors in place.*gradient\.memory: fast"):
+        roll_out(adapter, OFF, 3, "flat").sum().backward()
+
+
+def test_an_unchanged_call_is_not_refused_however_many_decorators_it_has():
+    adapter = changed(lambda call, *args, **kwargs: call(*args, **kwargs))
+    family = type(adapter.pipe)
+    family.__call__ = torch.inference_mode()(torch.no_grad()(family.__call__))
+    adapter = Generic(adapter.pipe)
+    adapter.trainable["unet"].requires_grad_(True)
+    assert roll_out(adapter, OFF, 3).requires_grad
+
+
+def test_what_the_pipeline_itself_refuses_is_told():
+    with pytest.raises(RecipeError, match=r"CogView4Pipeline refuses its call: .*divisible"):
+        sample(Generic(cog_view_4()), PROMPTS, generators(), num_steps=1, guidance=OFF, size=(20, 20))
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+
+
+class Redness:
+    card = RewardCard("redness", "red minus blue", differentiable=True, needs_prompt=False, range=(-1, 1))
+
+    def score(self, images, prompts):
+        return Score((images[:, 0] - images[:, 2]).mean((1, 2)))
+
+
+def test_reward_rises_and_the_adapters_load_in_diffusers(tmp_path):
+    cog_view_4().save_pretrained(tmp_path / "base")
+    section = PipelineSection(model=str(tmp_path / "base"), family="generic", options={"size": (16, 16)})
+    adapter = load_pipeline(section, device="cpu")
+    lora.attach(adapter.trainable, rank=4, targets=adapter.lora_targets)
+    task = DirectReward(
+        adapter, trainable=adapter.trainable, prompts=[Prompt("dog"), Prompt("red cat"), Prompt("two birds")],
+        rewards=RewardSet([Term(Redness())]), method=choice(last_steps=2, memory="flat"), num_steps=4,
+        guidance=Guidance("full", 2.0), size=(16, 16), seed=3, augmentation=None, samples=lambda: None,
+        export=lambda *_: None,
+    )  # fmt: skip
+    optimizer = torch.optim.Adam([p for p in adapter.trainable["transformer"].parameters() if p.requires_grad], 1e-2)
+    rewards = []
+    for step in range(25):
+        out = task.step(task.batch(step, range(step * 4, step * 4 + 4)))
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        rewards.append(out.metrics["reward/redness"])
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.02
+    whole = task.step(task.batch(7, range(28, 32)))
+    halves = [task.step(task.batch(7, [28, 29])), task.step(task.batch(7, [30, 31]))]
+    assert float(whole.loss) == pytest.approx(sum(float(h.loss) for h in halves) / 2, abs=1e-5)
+    (tmp_path / "export").mkdir()
+    export.lora(adapter, ["transformer"], tmp_path / "export", {"name": "test"}, base=str(tmp_path / "base"))
+    assert (tmp_path / "export" / export.LORA_FILE).is_file()
+
+
+RECIPE = """
+task: direct_reward
+pipeline: {model: base, family: generic}
+full: {}
+data: {prompts: "pocket:prompts/train"}
+rollout: {steps: 4, guidance: full}
+gradient: {method: draft}
+rewards: [{name: zreward}]
+train: {steps: 1}
+"""
+SFT = """
+task: sft
+pipeline: {model: base, family: generic}
+full: {}
+data: {manifest: rows.jsonl}
+train: {steps: 1}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pixart_alpha().save_pretrained(tmp_path / "base")
+
+    def load(text: str, *overrides: str, **changes: object):
+        (tmp_path / "recipe.yaml").write_text(text)
+        return load_recipe(tmp_path / "recipe.yaml", overrides).recipe.model_copy(update=changes)
+
+    return load
+
+
+def test_an_unknown_pipeline_is_told_the_way_out(recipe):
+    with pytest.raises(RecipeError, match=r"PixArtAlphaPipeline, which no family .* pipeline\.family: generic"):
+        find_family("base", None)
+
+
+def test_a_recipe_is_built_with_the_steps_that_its_method_chooses(recipe):
+    task = build_task(recipe(RECIPE, "gradient.last_steps=3", "gradient.memory=fast"), device="cpu")
+    assert task.method == gradients.Choice(slice(-3, None), False)
+    assert task.size == (16, 16)
+    assert list(task.trainable) == ["transformer"] and all(
+        p.requires_grad for p in task.trainable["transformer"].parameters()
+    )
+
+
+def test_what_takes_single_steps_is_refused_before_anything_is_loaded(recipe):
+    for override, told in (
+        ("gradient={method: refl}", "refl takes single steps; write draft"),
+        ("rollout.guidance=detached-negative", "no branch of its guidance can be without gradient"),
+        ("rollout={steps: 4}", "write rollout.guidance: full, or off"),
+    ):
+        with pytest.raises(RecipeError, match=told):
+            recipe(RECIPE, override)
+    with pytest.raises(RecipeError, match=r"sft needs single predictions; write task: direct_reward"):
+        recipe(SFT)
+
+
+def test_so_it_is_in_a_recipe_that_nobody_checked(recipe):
+    from rewardtune.recipe.gradients import ReflSection
+    from rewardtune.recipe.sections import FullSection, RolloutSection, SftRecipe
+
+    good = recipe(RECIPE)
+    for changes, told in (
+        ({"gradient": ReflSection(method="refl")}, "refl takes single steps.*draft"),
+        ({"rollout": RolloutSection()}, "no branch of its guidance"),
+        ({"full": FullSection(modules=["text_encoder"])}, "text_encoder cannot be trained.* it offers: transformer"),
+    ):
+        with pytest.raises(RecipeError, match=told):
+            build_task(good.model_copy(update=changes), device="cpu")
+    sft = SftRecipe(
+        task="sft", pipeline=good.pipeline, full=FullSection(), data={"manifest": "rows.jsonl"}, train=good.train
+    )
+    with pytest.raises(RecipeError, match="sft needs single predictions and an encoder of images"):
+        build_task(sft, device="cpu")
