@@ -64,10 +64,15 @@ class PixArtSigma:
         return cls(pipe.to(device), config)
 
     def __init__(self, pipe: Any, config: Config | None = None) -> None:
+        from diffusers.utils.import_utils import is_bs4_available, is_ftfy_available
+
         self.pipe = pipe
         self.options = config or self.Config()
         # a copy as configured: `pipe(...)` leaves its own timesteps behind in the scheduler it is called with
         self.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        # what the pipeline would fall back to, decided once: it warns at every call, and a report says what was done
+        clean = self.options.clean_caption and is_bs4_available() and is_ftfy_available()
+        self._text = {"clean_caption": clean, "max_sequence_length": self.options.max_sequence_length}
         transformer = pipe.transformer.config
         side = transformer.sample_size * pipe.vae_scale_factor
         self.image_size = (side, side)
@@ -81,8 +86,7 @@ class PixArtSigma:
     def call(self, guidance: Guidance) -> dict[str, Any]:
         scale = guidance.scale if _guided(guidance) else 1.0
         negative = {"negative_prompt": guidance.negative_prompt} if guidance.negative_prompt else {}
-        options = {"use_resolution_binning": False, **self.options.model_dump()}
-        return {"guidance_scale": scale, **negative, **options}
+        return {"guidance_scale": scale, **negative, "use_resolution_binning": False, **self._text}
 
     def encode(self, prompts: Sequence[str], guidance: Guidance) -> Conditioning:
         guided = _guided(guidance)
@@ -91,7 +95,7 @@ class PixArtSigma:
             guided,
             negative_prompt=guidance.negative_prompt,
             device=self.pipe.transformer.device,
-            **self.options.model_dump(),
+            **self._text,
         )
         return Conditioning(Prompts(positive, mask), Prompts(negative, negative_mask) if guided else None)
 

@@ -50,7 +50,7 @@ def stable_diffusion(scheduler):
 
 
 def stable_diffusion_xl(scheduler, *, force_zeros: bool = True, vae: dict | None = None, unet: dict | None = None):
-    """A StableDiffusionXLPipeline of about 70 thousand parameters: 16 x 16 pixels, 4 latent channels."""
+    """A StableDiffusionXLPipeline of about 120 thousand parameters: 16 x 16 pixels, 4 latent channels."""
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -99,7 +99,7 @@ def stable_diffusion_3(*, t5: bool = True, scheduler: dict | None = None, transf
 
 
 def pixart_sigma():
-    """A PixArtSigmaPipeline of about 30 thousand parameters: 16 x 16 pixels, 4 latent channels and their variance."""
+    """A PixArtSigmaPipeline of about 40 thousand parameters: 16 x 16 pixels, 4 latent channels and their variance."""
     from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 
     torch.manual_seed(0)
