@@ -132,12 +132,15 @@ class StableDiffusion:
         return latents.float() * float(vae.config.scaling_factor)
 
     def _denoise(self, latents: Tensor, timestep: Tensor, embeddings: Tensor, guidance: Guidance) -> Tensor:
+        import torch
+
         unet = self.pipe.unet
         condition = None
         if unet.config.time_cond_proj_dim is not None:
             # distilled for guidance: the scale is an input, and one branch is enough
-            scales = timestep.new_full((len(latents),), self._embedded(guidance) - 1, dtype=latents.dtype)
-            condition = self.pipe.get_guidance_scale_embedding(scales, embedding_dim=unet.config.time_cond_proj_dim)
+            scales = torch.full((len(latents),), self._embedded(guidance) - 1)  # the pipeline makes it on the CPU, too
+            width = unet.config.time_cond_proj_dim
+            condition = self.pipe.get_guidance_scale_embedding(scales, embedding_dim=width).to(latents)
         output: Tensor = unet(
             latents.to(unet.dtype), timestep, encoder_hidden_states=embeddings, timestep_cond=condition,
             return_dict=False,
