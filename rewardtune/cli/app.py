@@ -142,7 +142,7 @@ def audit(
 
     loaded = load_recipe(recipe, overrides or (), files=True)
     with quiet_stdout():
-        from rewardtune.gradients.audit import audit as run_audit
+        from rewardtune.audit import audit as run_audit
         from rewardtune.scoring.score import best_device, parse_specs
 
         document = run_audit(

@@ -14,9 +14,9 @@ import yaml
 from torch.utils.checkpoint import checkpoint
 
 from rewardtune import registry
+from rewardtune.audit import audit, compare, default_methods
 from rewardtune.errors import RecipeError
 from rewardtune.gradients import METHODS
-from rewardtune.gradients.audit import audit, compare, default_methods
 from rewardtune.recipe.file import load_recipe
 from rewardtune.training.live_bytes import peak_live_bytes
 
