@@ -146,11 +146,11 @@ def _restored(recipe: Recipe, saved: Checkpoint, where: Runtime, guard: Guard | 
 
 def _guard(loaded: LoadedRecipe, task: Task, folder: Path) -> Guard | None:
     """The guard of a recipe that has one."""
-    from rewardtune.build import build_guard
-
     recipe = loaded.recipe
     if not isinstance(recipe, SftRecipe | DirectRewardRecipe) or recipe.guard is None:
         return None
+    from rewardtune.build import build_guard
+
     return build_guard(recipe, task, folder)
 
 

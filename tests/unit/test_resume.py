@@ -54,8 +54,16 @@ def recipes(root: Path) -> dict[str, Any]:
             "data": {"manifest": str(root / "manifest.jsonl"), "cache_latents": False},
             "train": {**train, "accumulation": 2, "ema_decay": 0.9, "gradient_checkpointing": True},
         },
-        "draft": {**direct, "gradient": {"method": "draft", "last_steps": "all", "memory": "flat"}},
+        "draft": {
+            **direct, "gradient": {"method": "draft", "last_steps": "all", "memory": "flat"},
+            "rewards": [{"name": "redness"}, {"name": "redness", "weight": 0.5, "ceiling": 0.1}], "balance": "gradient",
+            "regularise": {"velocity": 0.5, "sft": {"manifest": str(root / "manifest.jsonl"), "weight": 0.1}},
+        },
         "refl": {**direct, "gradient": {"method": "refl", "earliest": 0.3}},
+        **{
+            name: {**direct, "rollout": {"steps": 4, "guidance": "off"}, "gradient": {"method": name}}
+            for name in ("draft_lv", "alignprop", "drtune", "direct_align", "flowbp_sparse")
+        },
         "reward-sft": {
             "task": "reward_sft", "scorer": {"model": str(root / "scorer")}, "train": train, "optimizer": optimizer,
             "data": {"records": str(root / "records.jsonl")},
@@ -95,7 +103,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     return {world: json.loads((root / f"result-{world}-0.json").read_text()) for world in (1, 2)}
 
 
-CASES = ["sft-lora-bf16", "sft-full", "draft", "refl", "reward-sft", "reward-gdso", "reward-gdso-two-updates",
+CASES = ["sft-lora-bf16", "sft-full", "draft", "refl", "draft_lv", "alignprop", "drtune", "direct_align",
+         "flowbp_sparse", "reward-sft", "reward-gdso", "reward-gdso-two-updates",
          "reward-risd", "reward-dance-pairs", "reward-opd"]  # fmt: skip
 
 
