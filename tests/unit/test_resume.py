@@ -123,4 +123,5 @@ def test_two_processes_give_the_losses_of_one(results: dict[int, Any], case: str
     # bf16 rounds batches of other sizes differently.
     tolerance = 2e-2 if "bf16" in case else 1e-5
     for a, b in zip(one, two, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=tolerance), a["step"]
+        # Direct-Align's loss is a small difference of rewards that are a hundred times as large.
+        assert a["loss"] == pytest.approx(b["loss"], rel=tolerance, abs=1e-7), a["step"]
