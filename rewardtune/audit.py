@@ -71,7 +71,7 @@ def audit(
     starts = [range(k * size, (k + 1) * size) for k in range(batches)]
 
     def gradients(section: GradientSection, precision: str) -> tuple[list[Tensor], list[float]]:
-        _use(task, section)
+        task.method = load_method(section.method, **section.model_dump(exclude={"method"}))
         found, seconds = [], []
         for step, indices in enumerate(starts):
             began = time.perf_counter()
@@ -124,11 +124,6 @@ def compare(found: Sequence[Tensor], exact: Sequence[Tensor]) -> dict[str, float
 def _cosine(a: Tensor, b: Tensor) -> float:
     scale = float(a.double().norm() * b.double().norm())
     return float(a.double() @ b.double()) / scale if scale > 0 else math.nan
-
-
-def _use(task: DirectReward, section: GradientSection) -> None:
-    method, settings = load_method(section.method), section.model_dump(exclude={"method"})
-    task.method = lambda chain, noise, draws: method(chain, noise, draws, **settings)
 
 
 def _gradient(

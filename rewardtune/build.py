@@ -136,8 +136,7 @@ def _method(
                 f"{type(pipeline.pipe).__name__} as a whole. Leave it out, or give the pipeline an adapter of its own."
             )
         return gradients.load_choice(name)(**settings)
-    method = gradients.load_method(name)
-    return lambda chain, noise, draws: method(chain, noise, draws, **settings)
+    return gradients.load_method(name, **settings)
 
 
 def load_pipeline(section: PipelineSection, *, device: str) -> AnyPipeline:

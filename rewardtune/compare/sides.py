@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from rewardtune.data.references import PREFIX
+from rewardtune.diffusion import lora_files
 from rewardtune.errors import RecipeError
 from rewardtune.recipe.rewards import RewardSection
 from rewardtune.recipe.sections import DirectRewardRecipe, PipelineSection, Recipe, SftRecipe
@@ -23,8 +24,7 @@ from rewardtune.training.run_folder import read_recipe
 BASE = "base"
 """Names the start of the first run among the sides."""
 Diffusion = SftRecipe | DirectRewardRecipe
-_LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-"""diffusers' name, and peft's for the families whose adapters diffusers has no loader for."""
+_LORA_FILES = (lora_files.DIFFUSERS, lora_files.PEFT)
 
 
 @dataclass(frozen=True)

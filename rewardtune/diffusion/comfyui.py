@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,12 +39,8 @@ def keys(pipeline: AnyPipeline, modules: Sequence[str]) -> dict[str, Tensor]:
         )
     state: dict[str, Tensor] = {}
     for name in modules:
-        module: Any = pipeline.trainable[name]
-        config = module.peft_config[lora.ADAPTER]
-        scale = config.lora_alpha / config.r
-        for path, tensor in lora.state({name: module}).items():
-            folded = tensor * scale if "lora_B" in path else tensor
-            state[_outer(name, path)] = folded.detach().float().cpu().contiguous()
+        for path, tensor in lora.folded(pipeline.trainable[name]).items():
+            state[_outer(name, path)] = tensor.float()
     if pipeline.comfyui == "kohya":
         from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 
@@ -61,7 +56,5 @@ def keys(pipeline: AnyPipeline, modules: Sequence[str]) -> dict[str, Tensor]:
 
 def _outer(module: str, path: str) -> str:
     """CLIP's text models have lost their outer name in transformers 5; ComfyUI looks for it."""
-    inner = path.removeprefix(f"{module}.")
-    if not module.startswith("text_encoder") or inner.startswith("text_model."):
-        return path
-    return f"{module}.text_model.{inner}"
+    lost = module.startswith("text_encoder") and not path.startswith("text_model.")
+    return f"{module}.text_model.{path}" if lost else f"{module}.{path}"

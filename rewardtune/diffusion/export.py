@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from rewardtune.data.references import PREFIX, resolve
 from rewardtune.diffusion import lora as lora_module
-from rewardtune.diffusion.lora import ADAPTER, FILE, PEFT_FILE, load
+from rewardtune.diffusion import lora_files
 from rewardtune.diffusion.rollout import sample
 from rewardtune.errors import CheckFailed
 from rewardtune.plugins import AnyPipeline, Guidance
 
-LORA_FILE = FILE
+LORA_FILE = lora_files.DIFFUSERS
 _THIS = '"path/to/this/folder"'
 """How a card's example names the folder that it lies in: folders are moved and uploaded."""
 _PROBE_STEPS = 2
@@ -32,18 +32,13 @@ def lora(
     Where diffusers has no loader for the family's adapters, the folder is peft's. Raises CheckFailed when a fresh
     pipeline with the file does not give the trained pipeline's images.
     """
-    from peft import get_peft_model_state_dict
     from safetensors.torch import load_file, save_file
 
     states, configs = {}, {}
     for name in modules:
         module: Any = pipeline.trainable[name]
-        config = copy.copy(module.peft_config[ADAPTER])
-        scale = config.lora_alpha / config.r
-        states[name] = {
-            k: (v * scale if "lora_B" in k else v).detach().cpu().contiguous()
-            for k, v in get_peft_model_state_dict(module).items()
-        }
+        states[name] = lora_module.folded(module)
+        config = copy.copy(module.peft_config[lora_module.ADAPTER])
         config.lora_alpha = config.r
         # peft keeps a set; sorted, the same run says the same in every process
         config.target_modules = sorted(config.target_modules)
@@ -56,7 +51,7 @@ def lora(
     else:
         (name,) = modules
         configs[name].save_pretrained(str(folder))
-        file = folder / PEFT_FILE
+        file = folder / lora_files.PEFT
         save_file({f"base_model.model.{k}": v for k, v in states[name].items()}, file, metadata={"format": "pt"})
     with _open(file) as handle:
         metadata = handle.metadata() or {}
@@ -118,7 +113,7 @@ def _check_lora(trained: AnyPipeline, modules: Sequence[str], folder: Path, base
         fresh = family.load(resolve(base), options, revision=None, dtype=dtype, device=str(device))
         fresh.pipe.set_progress_bar_config(disable=True)
         untouched = probe(fresh)
-        load(fresh, folder)
+        lora_module.load(fresh, folder)
         loaded = probe(fresh)
         del fresh
     finally:

@@ -11,15 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewardtune.diffusion.lora_files import DIFFUSERS
 from rewardtune.errors import RecipeError
 from rewardtune.plugins import AnyPipeline
 from rewardtune.randomness import key
 
 ADAPTER = "default"
-FILE = "pytorch_lora_weights.safetensors"
-"""diffusers' name."""
-PEFT_FILE = "adapter_model.safetensors"
-"""peft's name, for the families whose adapters diffusers has no loader for."""
 
 
 def attach(
@@ -96,6 +93,19 @@ def state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     }
 
 
+def folded(module: nn.Module) -> dict[str, Tensor]:
+    """A module's adapter tensors by layer, on the CPU, as they are with alpha = rank: the scale lies in `lora_B`."""
+    from peft import get_peft_model_state_dict
+
+    adapted: Any = module
+    config = adapted.peft_config[ADAPTER]
+    scale = config.lora_alpha / config.r
+    return {
+        path: (tensor * scale if "lora_B" in path else tensor).detach().cpu().contiguous()
+        for path, tensor in get_peft_model_state_dict(module, adapter_name=ADAPTER).items()
+    }
+
+
 def loadable(pipeline: AnyPipeline) -> Sequence[str]:
     """Modules whose exported adapters can be put on a pipeline again."""
     modules: Sequence[str] = getattr(pipeline.pipe, "_lora_loadable_modules", (pipeline.denoiser,))
@@ -106,7 +116,7 @@ def load(pipeline: AnyPipeline, folder: Path) -> None:
     """Put exported adapters on, as a user of the family does: with diffusers' loader or, where it has none, peft's."""
     pipe = pipeline.pipe
     if hasattr(pipe, "load_lora_weights"):
-        pipe.load_lora_weights(str(folder), weight_name=FILE)
+        pipe.load_lora_weights(str(folder), weight_name=DIFFUSERS)
         return
     from peft import PeftModel
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -94,7 +95,7 @@ def load_choice(name: str) -> Callable[..., Choice]:
     return choice
 
 
-def load_method(name: str) -> Callable[..., Finished]:
+def load_method(name: str, **settings: Any) -> Callable[..., Finished]:
+    """A `Method` with its settings bound."""
     module, function = METHODS[name].split(":")
-    method: Callable[..., Finished] = getattr(import_module(module), function)
-    return method
+    return partial(getattr(import_module(module), function), **settings)
