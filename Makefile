@@ -31,7 +31,7 @@ dev: $(VENV)/installed-dev  ## the environment with what tests and checks need
 	$(BIN)/pre-commit install 2>/dev/null || true
 
 test: $(VENV)/installed-dev  ## the whole test suite
-	$(BIN)/python -m pytest -m 'not gpu and not nightly'
+	$(BIN)/python -m pytest -m 'not gpu and not nightly' -n logical --dist loadfile
 
 check: format lint types test  ## what CI runs
 

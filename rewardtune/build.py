@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from rewardtune import gradients, registry
 from rewardtune.data.records import read_captioned_images, read_prompts
 from rewardtune.data.references import resolve
-from rewardtune.diffusion import export, lora
+from rewardtune.diffusion import export, lora, offload
 from rewardtune.diffusion.rollout import sample
 from rewardtune.diffusion.schedulers import check_deterministic
 from rewardtune.errors import PluginError, RecipeError
 from rewardtune.guard.guard import Guard
-from rewardtune.guard.verdict import Rule
+from rewardtune.guard.verdict import rule_of
 from rewardtune.guard.watch import Look, Watch
 from rewardtune.plugins import AnyPipeline, Guidance, WholeRollout
 from rewardtune.randomness import generator
@@ -28,6 +28,8 @@ from rewardtune.recipe.guard import GuardSection
 from rewardtune.recipe.rewards import RewardSection
 from rewardtune.recipe.sections import (
     DirectRewardRecipe,
+    FullSection,
+    LoraSection,
     PipelineSection,
     Recipe,
     RewardDanceRecipe,
@@ -41,6 +43,7 @@ from rewardtune.recipe.sections import (
 )
 from rewardtune.scoring import objective
 from rewardtune.scoring.augment import Augmentation
+from rewardtune.scoring.mixing import Mixing
 from rewardtune.scoring.reward_set import Relative, RewardSet, Term, load_reward
 from rewardtune.tasks import Task
 from rewardtune.tasks.direct_reward import DirectReward
@@ -70,7 +73,7 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
         from rewardtune.tasks.reward_dance import build_reward_dance
 
         return build_reward_dance(recipe, device=device)
-    pipeline = load_pipeline(recipe.pipeline, device=device)
+    pipeline = load_pipeline(recipe.pipeline, device=device, trained=recipe.lora or recipe.full)
     if isinstance(recipe, SftRecipe) and isinstance(pipeline, WholeRollout):
         raise RecipeError(
             f"task sft needs single predictions and an encoder of images, and the family {pipeline.family!r} can only "
@@ -108,7 +111,9 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
         pipeline,
         trainable=trainable,
         prompts=read_prompts(recipe.data.prompts),
-        rewards=RewardSet([build_term(r, device=device) for r in recipe.rewards]),
+        rewards=RewardSet(
+            [_trained_on(build_term(r, device=device)) for r in recipe.rewards], Mixing(**recipe.mixing.model_dump())
+        ),
         method=_method(pipeline, recipe, guidance),
         balance=recipe.balance,
         velocity=recipe.regularise.velocity,
@@ -116,6 +121,7 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
         num_steps=rollout.steps,
         guidance=guidance,
         size=_size(pipeline, rollout),
+        sliced=recipe.pipeline.decode == "sliced",
         seed=recipe.train.seed,
         augmentation=Augmentation(**recipe.augment.model_dump()) if recipe.augment else None,
         samples=samples,
@@ -139,8 +145,13 @@ def _method(
     return gradients.load_method(name, **settings)
 
 
-def load_pipeline(section: PipelineSection, *, device: str) -> AnyPipeline:
-    """The adapter of a checkpoint's family, frozen, in fp32 on `device`."""
+def load_pipeline(
+    section: PipelineSection, *, device: str, trained: LoraSection | FullSection | None = None
+) -> AnyPipeline:
+    """The adapter of a checkpoint's family, frozen, in the recipe's dtype on `device`.
+
+    trained: what is to be trained. It is never offloaded, and whole modules stay fp32.
+    """
     path = resolve(section.model)
     name = section.family or find_family(path, section.revision)
     plugin = registry.pipelines.load_class(name)
@@ -149,13 +160,42 @@ def load_pipeline(section: PipelineSection, *, device: str) -> AnyPipeline:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise RecipeError(f"pipeline.options do not fit the family {name!r}: {wrong}") from error
-    pipeline: AnyPipeline = plugin.load(path, config, revision=section.revision, dtype=torch.float32, device=device)
+    mixed = section.dtype == "bfloat16" and isinstance(trained, FullSection)
+    dtype = torch.float32 if section.dtype == "float32" or mixed else torch.bfloat16
+    # parts that differ in dtype or place are made in main memory, so that the device never holds more than in the end
+    apart = section.offload or mixed
+    pipeline: AnyPipeline = plugin.load(
+        path, config, revision=section.revision, dtype=dtype, device="cpu" if apart else device
+    )
     pipeline.pipe.set_progress_bar_config(disable=True)
     runtime.set_attention(list(pipeline.trainable.values()), section.attention)
-    for component in pipeline.pipe.components.values():
+    names = (trained.modules if trained else None) or [pipeline.denoiser]
+    for name, component in pipeline.pipe.components.items():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
+            if mixed and name not in names:
+                component.to(torch.bfloat16)
+    if section.offload:
+        offload.apply(pipeline, device=device, stay={pipeline.denoiser, *names})
+    elif apart:
+        pipeline.pipe.to(device)
+    _set_decoding(pipeline, section.decode)
     return pipeline
+
+
+def _set_decoding(pipeline: AnyPipeline, how: str) -> None:
+    """Let the autoencoder decode in parts. Raises RecipeError for one that cannot."""
+    vae = getattr(pipeline.pipe, "vae", None)
+    switch = {"whole": None, "sliced": "enable_slicing", "tiled": "enable_tiling"}[how]
+    if switch is None:
+        return
+    try:
+        getattr(vae, switch)()
+    except (AttributeError, NotImplementedError) as error:
+        raise RecipeError(
+            f"pipeline.decode {how}: {type(vae).__name__} of {type(pipeline.pipe).__name__} cannot decode in parts. "
+            "Leave it out."
+        ) from error
 
 
 def find_family(path: str, revision: str | None) -> str:
@@ -207,6 +247,10 @@ def build_term(section: RewardSection, *, device: str) -> Term:
             f"reward {section.name!r} has no dimension {', '.join(unknown)}; "
             f"it has: {', '.join(reward.card.dimensions) or 'none, so leave `dimensions:` out'}."
         )
+    if section.dimensions is not None and not any(section.dimensions.values()):
+        raise RecipeError(f"reward {section.name!r}: at least one dimension needs a weight other than zero.")
+    if section.statistic is not None and not reward.card.dimensions:
+        raise RecipeError(f"statistic needs a distributional reward; {reward.card.name!r} gives one number an image.")
     if section.relative is not None and not reward.card.needs_prompt:
         raise RecipeError(f"reward {section.name!r} reads no prompt, so `relative:` would compare equal values.")
     chosen = section.statistic
@@ -218,7 +262,19 @@ def build_term(section: RewardSection, *, device: str) -> Term:
         section.dimensions,
         section.ceiling,
         Relative(**section.relative.model_dump()) if section.relative else None,
+        section.offset,
+        section.batch_size,
     )
+
+
+def _trained_on(term: Term) -> Term:
+    """The same term. Raises RecipeError for a reward whose loaded card says that it has no gradient."""
+    if not term.reward.card.differentiable:
+        raise RecipeError(
+            f"reward {term.name!r} returns no gradient ({term.reward.card.summary}), so task direct_reward cannot "
+            "train on it; move it to compare.rewards or guard.rewards, where it judges the result."
+        )
+    return term
 
 
 def _trainable(pipeline: AnyPipeline, recipe: SftRecipe | DirectRewardRecipe) -> dict[str, nn.Module]:
@@ -254,6 +310,10 @@ def _trainable(pipeline: AnyPipeline, recipe: SftRecipe | DirectRewardRecipe) ->
             diffusers_name = getattr(module, "enable_gradient_checkpointing", None)
             (diffusers_name or model.gradient_checkpointing_enable)()
             module.train()
+        vae: Any = getattr(pipeline.pipe, "vae", None)
+        if isinstance(recipe, DirectRewardRecipe) and getattr(vae, "_supports_gradient_checkpointing", False):
+            # the gradient runs through the decoder, whose activations at full size are the largest of all
+            vae.enable_gradient_checkpointing()
     return modules
 
 
@@ -280,8 +340,7 @@ def build_guard(recipe: SftRecipe | DirectRewardRecipe, task: Any, folder: Path)
 
 def open_guard(section: GuardSection, folder: Path, look: Callable[[], Look]) -> Guard:
     """A guard by its section; `look` draws and scores."""
-    rule = Rule(section.seeds, section.patience, section.min_diversity, section.max_drift)
-    return Guard(look, rule, every=section.every, action=section.action, folder=folder)
+    return Guard(look, rule_of(section), every=section.every, action=section.action, folder=folder)
 
 
 def _mixed_sft(

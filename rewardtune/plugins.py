@@ -46,6 +46,20 @@ class RewardCard:
     dimensions: tuple[str, ...] = ()
     models: Mapping[str, str] = ()  # type: ignore[assignment]
     """Model -> revision."""
+    metadata: tuple[str, ...] = ()
+    """Keys that each prompt's metadata must have, e.g. ("text",)."""
+    commercial_use: bool = True
+    """False where the licence of the code or of the weights forbids it."""
+    pillow_difference: float | None = 0.05
+    """Largest difference, over `scale`, that the checks allow between the value of a picture and that of the same one
+    rounded to bytes and resized to `native_resolution` by Pillow; None where it is only reported, as for a reward that
+    counts. The default is ours."""
+    gpu_memory_gib: float | None = None
+    """Of the weights in the default dtype, None where they are next to nothing."""
+    reference: str = ""
+    """Whose numbers these are: paper, and repository with commit."""
+    known_when_loaded: bool = False
+    """True where the card of the class stands for any reward: what it says holds only once one is loaded."""
 
 
 @runtime_checkable

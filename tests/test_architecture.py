@@ -143,6 +143,7 @@ LAYERS = [
         "diffusion",
         "scoring.reward_set",
         "scorer",
+        "serving",
         "data.records",
         "data.importers",
         "registry",
@@ -192,6 +193,13 @@ def test_no_pickle_and_no_import_by_star(name):
             assert all(alias.name != "*" for alias in node.names)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             call = ast.unparse(node.func)
+            if call == "torch.load" and name == "rewardtune.backbones.weights":
+                # published checkpoints of others; without weights_only their pickles could run code
+                assert "weights_only=True" in ast.unparse(node)
+                continue
+            if call == "torch.load" and name == "rewardtune.backbones.convert":
+                # `rewards convert`, which says what it does and wants --trust for it
+                continue
             assert call not in ("torch.load", "torch.save"), f"{name}:{node.lineno}: safetensors and JSON only"
             assert not call.endswith((".extractall", "yaml.load")), f"{name}:{node.lineno}: {call}"
         if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":

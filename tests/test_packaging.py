@@ -137,7 +137,13 @@ def test_constraints_meet_the_floors_and_name_the_tested_torch():
             pinned[name.lower().replace("_", "-")] = version
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for line in [*project["dependencies"], *extras["pocket"], *extras["parquet"], *extras["tensorboard"]]:
+    for line in [
+        *project["dependencies"],
+        *extras["pocket"],
+        *extras["parquet"],
+        *extras["tensorboard"],
+        *extras["ocr"],
+    ]:
         requirement = Requirement(line)
         assert requirement.specifier.contains(pinned[requirement.name.lower()]), line
         assert all(spec.operator == ">=" for spec in requirement.specifier), f"{line}: floors only"

@@ -32,7 +32,7 @@ from rewardtune.randomness import choice
 
 SETS: dict[str, tuple[Split, int]] = {
     "labelled": ("train", 300),
-    "unlabelled": ("train", 1250),
+    "unlabelled": ("train", 3000),
     "development": ("validation", 200),
     "test": ("heldout", 2000),
 }

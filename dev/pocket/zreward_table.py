@@ -152,7 +152,7 @@ class Table:
             teacher = self.runs / f"{job.row.of}-s{job.seed}"
             options.append(f"teacher.model={teacher / 'export'}")
             if "student-risd" in str(job.row.recipe):
-                traces = next((o.partition("=")[2] for o in options if o.startswith("teacher.traces=")), "4")
+                traces = next((o.partition("=")[2] for o in options if o.startswith("teacher.traces=")), "2")
                 kind = next(Path(o.partition("=")[2]).stem for o in options if o.startswith("data.images="))
                 options.append(f"teacher.cache={self.runs / f'{teacher.name}-judgements-{kind}-{traces}'}")
         if self.share < 1:

@@ -12,9 +12,11 @@ from typing import Annotated, Any
 import typer
 
 from rewardtune import __version__
+from rewardtune.cli import convert as _convert  # noqa: F401  # hangs itself under `rewards`
 from rewardtune.cli.command import Json, command, printable, quiet_stdout, show, show_json, show_table
 from rewardtune.cli.data import data
 from rewardtune.cli.lists import add_lists
+from rewardtune.cli.serve import serve
 from rewardtune.errors import RecipeError, RewardTuneError
 
 app = typer.Typer(
@@ -172,7 +174,7 @@ def audit(
 def compare(
     sides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="A B...", help="Run folders, exports, pipelines, or `base`: the first run's start."),
+        typer.Argument(metavar="A B...", help="Run folders (RUN@0.6: at this scale), exports, pipelines, or `base`."),
     ] = None,
     prompts: Annotated[
         str | None, typer.Option("--prompts", metavar="FILE", help="One prompt a line, or .jsonl.")
@@ -283,6 +285,9 @@ def _figure(numbers: dict[str, Any], name: str) -> str:
     return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
+command(app, "serve")(serve)
+
+
 # ----------------------------------------------------------------------------------------------------------- results
 
 
@@ -296,12 +301,18 @@ def export(
         str, typer.Option("--format", help="diffusers, or comfyui: adapters under its names.")
     ] = "diffusers",
     merge: Annotated[bool, typer.Option("--merge", help="A whole pipeline with the adapters folded in.")] = False,
+    scale: Annotated[
+        float, typer.Option("--scale", metavar="S", help="How much of the adapters to keep: near 0 the start, 1 all.")
+    ] = 1.0,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="REPO", help="Upload to the hub, OWNER/NAME; private when new.")
+    ] = None,
 ) -> None:
     """Write a run's newest weights for other tools, with card and metadata; reloads them before it is done."""
     with quiet_stdout():
         from rewardtune.training.run import export_run
 
-        folder = export_run(run, out=out, format=form, merge=merge)
+        folder = export_run(run, out=out, format=form, merge=merge, scale=scale, push=push)
     show(str(folder))
 
 

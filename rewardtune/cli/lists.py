@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from rewardtune.cli.command import Json, command, quiet_stdout, show, show_json, show_table
-from rewardtune.errors import CheckFailed, PluginError, RecipeError
+from rewardtune.errors import CheckFailed, DataError, PluginError, RecipeError
 
 rewards = typer.Typer(help="Rewards: what there is, what each one is, and whether it keeps the contract.")
 pipelines = typer.Typer(help="Families of text-to-image pipelines.")
@@ -89,6 +89,7 @@ def reward_row(name: str) -> dict[str, Any]:
 def rewards_show(name: RewardName, as_json: Json = False) -> None:
     """One reward's card and the options that a recipe may give it."""
     from rewardtune import registry
+    from rewardtune.recipe.validate import missing_requirement
     from rewardtune.scoring.score import card_document
 
     plugin: Any = registry.rewards.load_class(name)
@@ -99,6 +100,11 @@ def rewards_show(name: RewardName, as_json: Json = False) -> None:
     width = max(map(len, document))
     for key, value in document.items():
         show(f"{key:<{width}}  {_plain(value)}")
+    if not plugin.card.commercial_use:
+        code, weights = plugin.card.licence_code, plugin.card.licence_weights
+        show(f"warning: its licence forbids commercial use (code: {code}; weights: {weights})")
+    if why_not := missing_requirement(plugin.card):
+        show(f"not available here: {why_not}")
     fields = plugin.Config.model_fields
     show("options:" if fields else "options: none")
     for key, field in fields.items():
@@ -110,19 +116,25 @@ def rewards_show(name: RewardName, as_json: Json = False) -> None:
 def rewards_test(
     spec: Annotated[str, typer.Argument(metavar="NAME[:option=value,...]", help="A reward, with options.")],
     device: Annotated[str, typer.Option("--device", help="Where to run it.")] = "cpu",
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="Three prompts or more, for a reward that needs metadata.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Run the contract checks on this machine: gradients, independence of the batch, determinism."""
+    """Run the contract checks on this machine: gradients, independence of the batch, sizes, precision, odd prompts."""
     from rewardtune import registry
     from rewardtune.scoring.score import parse_spec
 
     name, options = parse_spec(spec)
     registry.rewards.load_class(name)
     with quiet_stdout():
-        from rewardtune.scoring.checks import check_reward
-        from rewardtune.scoring.reward_set import load_reward
+        from rewardtune.data.records import read_prompts
+        from rewardtune.scoring.checks import COUNT, check_loaded
 
-        checks = check_reward(load_reward(name, device=device, **options), device=device)
+        given = read_prompts(prompts) if prompts is not None else None
+        if given is not None and len(given) < COUNT:
+            raise DataError(f"{prompts}: the checks need {COUNT} prompts, and there are {len(given)}.")
+        checks = check_loaded(name, options, device=device, prompts=given)
     if as_json:
         show_json([{"check": check.name, "passed": check.passed, "found": check.found} for check in checks])
     else:

@@ -54,6 +54,7 @@ def render(folder: Path, document: Mapping[str, Any], scored: Sequence[Scored], 
         script=Markup(script),
         contests=[_contest(document, a, b) for a, b in pairs if document["pairs"]],
         groups=_groups(document, scored),
+        guards=[_guard(name, curve) for name, curve in document.get("guards", {}).items()],
         rows=[_row(folder, document, scored, plan, judge, verdicts, i) for i in range(len(plan.items))],
         pairs=pairs,
         data={"report": document["report"], "sides": document["sides"], "pairs": pairs},
@@ -72,6 +73,38 @@ def p_value(value: float) -> str:
 
 def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+CHART = (240, 90)
+"""Width and height of a guard's chart, in its own units."""
+MARGIN = 8
+"""Around the points, in the same units: room for the mark of the chosen one."""
+
+
+def _guard(name: str, curve: Mapping[str, Any]) -> dict[str, Any]:
+    """A side's guard with its charts: held-out score, trained objective and diversity over optimiser steps."""
+    looks = curve["looks"]
+    titles = {"score": "held-out score", "trained": "trained objective", "diversity": "diversity, of the start's"}
+    charts = []
+    for key, title in titles.items():
+        values = [look[key] for look in looks]
+        if None not in values:
+            charts.append({"title": title, "first": values[0], "last": values[-1],
+                           **_line([look["step"] for look in looks], values, curve["exported_step"])})  # fmt: skip
+    return {"side": name, **curve, "charts": charts}
+
+
+def _line(steps: Sequence[int], values: Sequence[float], chosen: int) -> dict[str, Any]:
+    """Points of a polyline in a frame of CHART, and the one of the chosen step."""
+    width, height = (side - 2 * MARGIN for side in CHART)
+    low, high = min(values), max(values)
+    span, last = (high - low) or 1.0, steps[-1] or 1
+    points = [
+        (round(MARGIN + width * step / last, 1), round(MARGIN + height * (high - value) / span, 1))
+        for step, value in zip(steps, values, strict=True)
+    ]
+    at = min(range(len(steps)), key=lambda i: abs(steps[i] - chosen))
+    return {"points": points, "chosen": points[at], "chosen_value": values[at], "low": low, "high": high}
 
 
 def _contest(document: Mapping[str, Any], a: str, b: str) -> dict[str, Any]:

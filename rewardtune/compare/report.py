@@ -14,6 +14,7 @@ import numpy as np
 
 from rewardtune.compare import diversity as diversity_measure
 from rewardtune.compare.files import plain, sha256
+from rewardtune.compare.guards import guard_curve
 from rewardtune.compare.sampling import Plan, image_file
 from rewardtune.compare.scores import Scored
 from rewardtune.compare.sides import Side, reference_side
@@ -98,6 +99,7 @@ def summarise(
         "pairs": pairs,
         "rewards": {name: {s.label: _reward(s, name, reference, clusters) for s in scored} for name in names},
         "reward_cards": {s.label: {**s.card, "trained": s.trained, "options": dict(s.options)} for s in scored},
+        "guards": {side.name: curve for side in sides if (curve := guard_curve(side)) is not None},
         "diversity": {name: d.value for name, d in diversity.items()},
         "diversity_details": {name: _diversity(d, diversity[reference]) for name, d in diversity.items()},
         "votes": None,

@@ -9,6 +9,7 @@ of threads and batch size; all of them are in images/<side>/sampling.json, and w
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -35,9 +36,12 @@ def draw(side: str) -> int:
     torch.set_num_threads(sampling["threads"])
 
     load = record["load"]
+    dtype = record["pipeline"].get("dtype", "float32")
+    if dtype != "float32":
+        print(f"note: {dtype} weights; the pictures were drawn with latents in float32, which diffusers may round")
     family: Any = diffusers.DiffusionPipeline
     pipe = family.from_pretrained(
-        load["path"], revision=load["revision"], dtype=torch.float32, use_safetensors=True,
+        load["path"], revision=load["revision"], dtype=getattr(torch, dtype), use_safetensors=True,
         **dict.fromkeys(load.get("without", ())),
     ).to(sampling["device"])  # fmt: skip
     if getattr(pipe, "watermark", None) is not None:
@@ -50,6 +54,11 @@ def draw(side: str) -> int:
 
         pipe.transformer = PeftModel.from_pretrained(pipe.transformer, lora)
     pipe.set_progress_bar_config(disable=True)
+    scale = record.get("lora_scale", 1.0)
+    if scale == "linear":
+        anneal(pipe)
+    elif scale != 1.0:
+        set_scale(pipe.components.values(), scale)
 
     target.mkdir(parents=True, exist_ok=True)
     different, largest, size = 0, 0, sampling["batch_size"]
@@ -71,6 +80,37 @@ def draw(side: str) -> int:
             different, largest = different + (gap > 0), max(largest, gap)
     print(f"{side}: {len(images) - different} of {len(images)} images equal, largest difference {largest} of 255")
     return different
+
+
+def set_scale(modules: Any, scale: float) -> None:
+    """Let the adapters of all modules add `scale` times what they do."""
+    for module in modules:
+        for layer in module.modules() if hasattr(module, "modules") else ():
+            if hasattr(layer, "set_scale") and hasattr(layer, "lora_A"):
+                for adapter in layer.active_adapters:
+                    layer.set_scale(adapter, scale)
+
+
+def anneal(pipe: Any) -> None:
+    """Raise the scale of the denoiser's adapters to i / T before step i of T."""
+    denoiser = pipe.unet if getattr(pipe, "transformer", None) is None else pipe.transformer
+    scheduler, done = pipe.scheduler, [0]
+    step, set_timesteps = scheduler.step, scheduler.set_timesteps
+
+    @functools.wraps(set_timesteps)  # pipelines ask for its signature
+    def start(*given: Any, **named: Any) -> Any:
+        done[0] = 0
+        set_scale([denoiser], 0.0)
+        return set_timesteps(*given, **named)
+
+    @functools.wraps(step)
+    def counted(*given: Any, **named: Any) -> Any:
+        after = step(*given, **named)
+        done[0] += 1
+        set_scale([denoiser], done[0] / len(scheduler.timesteps))
+        return after
+
+    scheduler.set_timesteps, scheduler.step = start, counted
 
 
 if __name__ == "__main__":

@@ -63,6 +63,8 @@ def image_file(prompt: int, seed: int) -> str:
 
 def sample_sides(sides: Sequence[Side], plan: Plan, out: Path, *, device: str) -> None:
     """Draw what is missing under `out/images/<side>/`. A pipeline that several sides share is loaded once."""
+    from torch import nn
+
     from rewardtune.diffusion import lora
 
     progress = Progress("drawing images", len(sides) * len(plan.items))
@@ -81,6 +83,8 @@ def sample_sides(sides: Sequence[Side], plan: Plan, out: Path, *, device: str) -
         pipeline = loaded[1]
         if side.lora is not None:
             lora.load(pipeline, side.lora)
+            if isinstance(side.scale, float) and side.scale != 1.0:
+                lora.set_scale([m for m in pipeline.pipe.components.values() if isinstance(m, nn.Module)], side.scale)
         _draw(pipeline, side, plan, folder, missing, device=device, progress=progress)
         if side.lora is not None:
             lora.unload(pipeline)
@@ -112,6 +116,7 @@ def _draw(
             num_steps=plan.steps,
             guidance=plan.guidance,
             size=size,
+            annealed=side.scale == "linear",
         )
         for (p, k), picture in zip(batch, to_pil(images), strict=True):
             buffer = io.BytesIO()
@@ -151,8 +156,10 @@ def _fingerprint(side: Side, plan: Plan, device: str) -> dict[str, Any]:
 
     return {
         "format": 1,
-        "pipeline": {**side.pipeline.model_dump(), "weights": _weights(side.pipeline.model)},
+        # where parts wait changes no image
+        "pipeline": {**side.pipeline.model_dump(exclude={"offload"}), "weights": _weights(side.pipeline.model)},
         "lora_sha256": sha256(file) if side.lora and (file := lora_file(side.lora)) else None,
+        **({} if side.scale == 1.0 else {"lora_scale": side.scale}),
         "sampling": {
             "num_inference_steps": plan.steps,
             "guidance_scale": plan.guidance_scale,

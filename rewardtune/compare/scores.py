@@ -150,10 +150,11 @@ def score_sides(
     for label, section in panel.rewards.items():
         reward = load_reward(section.name, device=device, **section.options)
         images: dict[str, list[ImageScore]] = {}
+        batch_size = section.batch_size or max(plan.batch_size, 8)
         for side in sides:
             files = [out / "images" / side / image_file(p, k) for p, k in items]
             images[side] = []
-            for score in score_files(reward, files, prompts, device=device, batch_size=max(plan.batch_size, 8)):
+            for score in score_files(reward, files, prompts, device=device, batch_size=batch_size):
                 images[side].append(score)
                 progress.advance(1)
         band, part_bands = tie_bands(reward)
@@ -191,11 +192,11 @@ def tie_bands(reward: Any) -> tuple[float, dict[str, float]]:
 
     A reward fixes them as class constants `TIE_BAND: float` and `PART_TIE_BANDS: dict[str, float]`.
     """
-    band = getattr(type(reward), "TIE_BAND", None)
+    band = getattr(reward, "TIE_BAND", None)
     if band is None:
         limits = reward.card.range
         band = RELATIVE_TIE_BAND * (limits[1] - limits[0]) if limits else 0.0
-    parts = dict(getattr(type(reward), "PART_TIE_BANDS", {}))
+    parts = dict(getattr(reward, "PART_TIE_BANDS", {}))
     if band < 0 or any(b < 0 for b in parts.values()):
         raise RecipeError(f"reward {reward.card.name!r} has a negative tie band; it must be 0 or more.")
     return float(band), parts

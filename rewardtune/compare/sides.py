@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -40,8 +40,12 @@ class Side:
     pipeline: PipelineSection
     lora: Path | None = None
     recipe: Diffusion | None = None
+    scale: float | Literal["linear"] = 1.0
+    """Of the LoRA; `linear`: from 0 to 1 over the denoising steps (`diffusion.rollout.sample`)."""
     known: bool = True
     """False where nothing tells which rewards the side was trained on."""
+    run: Path | None = None
+    """The run folder whose export this is."""
 
     @property
     def trained_on(self) -> list[RewardSection]:
@@ -101,6 +105,32 @@ def read_run_recipe(folder: Path) -> Diffusion:
 
 
 def _resolve(reference: str) -> Side:
+    """What a side's name leads to, with the scale of its LoRA after an `@`."""
+    name, at, scale = reference.rpartition("@")
+    if not at or Path(reference).expanduser().exists():
+        return _found(reference)
+    side = _found(name)
+    if side.lora is None:
+        raise RecipeError(f"{reference}: {name} has no adapters, so there is nothing to scale; leave out @{scale}.")
+    return replace(side, given=reference, scale=_scale(scale, reference))
+
+
+def _scale(written: str, reference: str) -> float | Literal["linear"]:
+    if written == "linear":
+        return "linear"
+    try:
+        scale = float(written)
+    except ValueError:
+        scale = -1.0
+    if not 0 <= scale <= 1:
+        raise RecipeError(
+            f"{reference}: after @ stands the scale of the adapters, a number from 0 (the start) to 1 (the tuned "
+            "model), or `linear`, which raises it from 0 to 1 over the denoising steps."
+        )
+    return scale
+
+
+def _found(reference: str) -> Side:
     """A run folder, an exported LoRA, or a pipeline (folder, hub id, pocket: name)."""
     folder = Path(reference).expanduser()
     if not folder.exists() and not reference.startswith(PREFIX) and folder.parent != Path() and folder.parent.is_dir():
@@ -136,9 +166,9 @@ def lora_file(folder: Path) -> Path | None:
 def _from_export(reference: str, export: Path, recipe: Diffusion) -> Side:
     if (export / "model_index.json").is_file():
         section = recipe.pipeline.model_copy(update={"model": str(export), "revision": None})
-        return Side("", reference, section, recipe=recipe)
+        return Side("", reference, section, recipe=recipe, run=export.parent)
     if lora_file(export) is not None:
-        return Side("", reference, recipe.pipeline, lora=export, recipe=recipe)
+        return Side("", reference, recipe.pipeline, lora=export, recipe=recipe, run=export.parent)
     raise RecipeError(
         f"{reference}: the run has no finished export yet (looked in {export}). "
         "Run `rewardtune train` with the same recipe again to finish it."
@@ -179,13 +209,15 @@ def _from_lora(reference: str, folder: Path) -> Side:
 
 def _named(side: Side, section: PipelineSection, taken: set[str]) -> Side:
     """The side with a short name of its own: the folder's, the model's, or `base`."""
-    path = Path(side.given.removeprefix(PREFIX).rstrip("/"))
+    given, scale = (side.given, "") if side.scale == 1.0 else (side.given.rpartition("@")[0], f"-{side.scale}")
+    scale = scale.removesuffix(".0")
+    path = Path(given.removeprefix(PREFIX).rstrip("/"))
     word = path.parent.name if path.name in ("export", *_LORA_FILES) else path.name
-    if side.given in (".", "..") or not word:
-        word = Path(side.given).resolve().name
-    word = re.sub(r"[^A-Za-z0-9._-]+", "-", word).strip("-.") or "side"
+    if given in (".", "..") or not word:
+        word = Path(given).resolve().name
+    word = re.sub(r"[^A-Za-z0-9._-]+", "-", word + scale).strip("-.") or "side"
     name, number = word, 2
     while name.lower() in taken:
         name, number = f"{word}-{number}", number + 1
     taken.add(name.lower())
-    return Side(name, side.given, section, lora=side.lora, recipe=side.recipe, known=side.known)
+    return replace(side, name=name, pipeline=section)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rewardtune.data.references import PREFIX, resolve
 from rewardtune.diffusion import lora as lora_module
-from rewardtune.diffusion import lora_files
+from rewardtune.diffusion import lora_files, offload
 from rewardtune.diffusion.rollout import sample
 from rewardtune.errors import CheckFailed
 from rewardtune.plugins import AnyPipeline, Guidance
@@ -22,6 +22,8 @@ LORA_FILE = lora_files.DIFFUSERS
 _THIS = '"path/to/this/folder"'
 """How a card's example names the folder that it lies in: folders are moved and uploaded."""
 _PROBE_STEPS = 2
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+"""Of a pixel of the probe, by the frozen weights' dtype; bfloat16 has 8 bits, as a pixel has."""
 
 
 def lora(
@@ -104,27 +106,29 @@ def probe(pipe: AnyPipeline) -> Tensor:
 def _check_lora(trained: AnyPipeline, modules: Sequence[str], folder: Path, base: str) -> None:
     """Wrong keys load nothing in diffusers, silently: so load into a fresh pipeline and look at an image."""
     options = getattr(trained, "options", None)
-    device = next(next(iter(trained.trainable.values())).parameters()).device
-    dtype = next(p.dtype for n, p in trained.trainable[modules[0]].named_parameters() if "lora_" not in n)
+    adapted = {name: trained.trainable[name] for name in modules}
+    parameters = [p for module in adapted.values() for name, p in module.named_parameters() if "lora_" not in name]
+    dtype, device, away = parameters[0].dtype, parameters[0].device, offload.applied(trained)
     family: Any = type(trained)
-    wanted = probe(trained)
-    trained.pipe.to("cpu")  # the largest pipelines fit on a device once, not twice
-    try:
-        fresh = family.load(resolve(base), options, revision=None, dtype=dtype, device=str(device))
+    with lora_module.as_exported(adapted):
+        wanted = probe(trained)
+    with offload.aside(trained):  # the largest pipelines fit on a device once, not twice
+        place = "cpu" if away else str(device)
+        fresh = family.load(resolve(base), options, revision=None, dtype=dtype, device=place)
         fresh.pipe.set_progress_bar_config(disable=True)
+        if away:
+            offload.apply(fresh, device=away, stay={fresh.denoiser})
         untouched = probe(fresh)
         lora_module.load(fresh, folder)
         loaded = probe(fresh)
         del fresh
-    finally:
-        trained.pipe.to(device)
-    if not torch.allclose(loaded, wanted, atol=1e-5):
+    if not torch.allclose(loaded, wanted, atol=_TOLERANCE[dtype]):
         raise CheckFailed(
             f"the exported adapters in {folder} do not give the trained pipeline's image when they are loaded "
             f"(largest difference {(loaded - wanted).abs().max():.2g}). The checkpoints of the run are untouched; "
             "please report this with the output of `rewardtune env`."
         )
-    changed = any(bool(p.any()) for m in modules for n, p in trained.trainable[m].named_parameters() if "lora_B" in n)
+    changed = any(bool(p.any()) for module in adapted.values() for n, p in module.named_parameters() if "lora_B" in n)
     if changed and torch.equal(loaded, untouched):
         raise CheckFailed(f"the exported adapters in {folder} load without any effect; please report this.")
 

@@ -3,7 +3,7 @@ from it again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,30 @@ def disabled(modules: Mapping[str, nn.Module]) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+@contextmanager
+def as_exported(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, the adapters are what diffusers' loader makes of their file: scale folded in, in their layers' dtype."""
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Any] = [
+        layer for module in modules.values() for layer in module.modules() if isinstance(layer, LoraLayer)
+    ]
+    kept = [
+        (layer.lora_A[ADAPTER].weight.data, layer.lora_B[ADAPTER].weight.data, layer.scaling[ADAPTER])
+        for layer in layers
+    ]
+    for layer, (a, b, scale) in zip(layers, kept, strict=True):
+        dtype = layer.get_base_layer().weight.dtype
+        layer.lora_A[ADAPTER].weight.data, layer.lora_B[ADAPTER].weight.data = a.to(dtype), (b * scale).to(dtype)
+        layer.scaling[ADAPTER] = 1.0
+    try:
+        yield
+    finally:
+        for layer, (a, b, scale) in zip(layers, kept, strict=True):
+            layer.lora_A[ADAPTER].weight.data, layer.lora_B[ADAPTER].weight.data = a, b
+            layer.scaling[ADAPTER] = scale
+
+
 def state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Adapter tensors under diffusers' keys: `<module>.<layer>.lora_A.weight` and `.lora_B.weight`."""
     from peft import get_peft_model_state_dict
@@ -130,6 +154,28 @@ def unload(pipeline: AnyPipeline) -> None:
         pipe.unload_lora_weights()
     else:
         setattr(pipe, pipeline.denoiser, getattr(pipe, pipeline.denoiser).unload())
+
+
+def set_scale(modules: Iterable[nn.Module], scale: float) -> None:
+    """Sample between the start (0) and the tuned model (1): each layer adds `scale` times what its adapters do.
+
+    DRaFT's LoRA scaling (arXiv 2309.17400). It interpolates weights, so `scale` is not the share of the reward gained.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for module in modules:
+        for layer in module.modules():
+            if isinstance(layer, LoraLayer):
+                for adapter in layer.active_adapters:
+                    layer.set_scale(adapter, scale)
+
+
+def shrink(modules: Iterable[nn.Module], scale: float) -> None:
+    """`set_scale` for good: in the weights, so that whatever is made of them has it."""
+    for module in modules:
+        for path, parameter in module.named_parameters():
+            if ".lora_B." in path:
+                parameter.data.mul_(scale)
 
 
 def merge(modules: Mapping[str, nn.Module]) -> None:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rewardtune.diffusion import lora
 from rewardtune.diffusion.parameterisation import clean_estimate, shares
+from rewardtune.errors import RecipeError
 from rewardtune.plugins import AnyPipeline, Guidance, Pipeline, WholeRollout
 
 Denoiser = Literal["through", "detached", "frozen"]
@@ -120,21 +122,34 @@ def sample(
     num_steps: int,
     guidance: Guidance,
     size: tuple[int, int] | None = None,
+    annealed: bool = False,
 ) -> Tensor:
     """Images (B, 3, H, W) float32 in [0, 1], equal to `pipe(prompts, generator=generators)`. No gradient.
 
-    One generator an image, so that an image does not depend on its neighbours' seeds.
+    One generator an image, so that an image does not depend on its neighbours' seeds. annealed: with the denoiser's
+    adapters at scale i / T in step i of T, so that the start lays out the image and the tuned model finishes it. This
+    is DRaFT+'s linear annealing (NeMo-Aligner, examples/mm/stable_diffusion/anneal_sdxl.py), of weights where theirs is
+    of predictions, so that a step costs no second pass.
     """
     size = size or pipeline.image_size
     with torch.no_grad():
         if isinstance(pipeline, WholeRollout):
+            if annealed:
+                raise RecipeError(
+                    f"adapters cannot be annealed over the steps in the family {pipeline.family!r}, which runs "
+                    f"{type(pipeline.pipe).__name__} as a whole. Give a number in place of `linear`."
+                )
             return pipeline.rollout(
                 prompts, generators, num_steps=num_steps, guidance=guidance, size=size, gradient_steps=slice(0),
                 recompute=False,
             )  # fmt: skip
         conditioning = pipeline.encode(prompts, guidance)
         chain = Chain(pipeline, conditioning, num_steps=num_steps, guidance=guidance, size=size)
-        latents = chain.run(chain.start(pipeline.noise(generators, size)), 0, len(chain))
+        latents = chain.start(pipeline.noise(generators, size))
+        for i in range(len(chain)):
+            if annealed:
+                lora.set_scale([pipeline.trainable[pipeline.denoiser]], i / len(chain))
+            latents = chain.advance(i, latents)
         return pipeline.decode(latents).clamp(0, 1)
 
 

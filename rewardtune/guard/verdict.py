@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rewardtune.recipe.guard import GuardSection
+
 Floats = NDArray[np.float64]
 CONFIDENCE = 0.95
 """One-sided, for "worse than the best look" (ours)."""
@@ -39,6 +41,11 @@ class Rule:
     patience: int
     min_diversity: float | None
     max_drift: float | None
+
+
+def rule_of(section: GuardSection) -> Rule:
+    """The rule that a recipe asks for."""
+    return Rule(section.seeds, section.patience, section.min_diversity, section.max_drift)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rewardtune.recipe.section import Section
+from rewardtune.recipe.section import Positive, Section
 
 
 class Expectation(Section):
@@ -49,6 +49,29 @@ class RelativeSection(Section):
     k: Annotated[float, Field(ge=0.0)] = 0.0
 
 
+class Sum(Section):
+    """The sum of the rewards, each weight * (value - offset) / scale."""
+
+    kind: Literal["sum"] = "sum"
+
+
+class Min(Section):
+    """The smallest of them, image by image: none can be bought with another. Needs offsets that mean the same."""
+
+    kind: Literal["min"]
+
+
+class SoftMin(Section):
+    """-temperature * log of the mean of exp(-u / temperature): near the smallest, with some gradient for the others."""
+
+    kind: Literal["soft-min"]
+    temperature: Annotated[float, Field(gt=0.0)] = 0.1
+    """In units of the scaled values (ours)."""
+
+
+MixingSection = Annotated[Sum | Min | SoftMin, Field(discriminator="kind")]
+
+
 class RewardSection(Section):
     """One reward of the objective."""
 
@@ -63,3 +86,9 @@ class RewardSection(Section):
     ceiling: float | None = None
     """Images that reach this value give no more gradient, as in ReFL's hinge (arXiv 2304.05977, Eq. 4)."""
     relative: RelativeSection | None = None
+    offset: float = 0.0
+    """Value that counts as 0, subtracted before the card's scale divides. It matters where rewards are mixed by their
+    minimum; a sum is the same without."""
+    batch_size: Positive | None = None
+    """Most images that go through this reward at once, for one that needs much memory. Values and gradients are the
+    same but for the rounding of another batch size."""

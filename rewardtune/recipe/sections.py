@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from rewardtune.recipe.gradients import GradientSection, steps_needed
 from rewardtune.recipe.guard import GuardSection
-from rewardtune.recipe.rewards import RewardSection
+from rewardtune.recipe.rewards import MixingSection, RewardSection, Sum
 from rewardtune.recipe.section import Fraction, Positive, Section
 
 R = TypeVar("R", "SftRecipe", "DirectRewardRecipe")
@@ -29,6 +29,12 @@ class PipelineSection(Section):
     """Name in `pipelines list`; found from the checkpoint's `model_index.json` when left out."""
     attention: str = "native"
     """Attention backend: native, xformers, flash, ... (diffusers' names)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen weights; what is trained is float32 in either case."""
+    offload: bool = False
+    """Keep frozen text encoders and the autoencoder in main memory, and on the device only while they work."""
+    decode: Literal["whole", "sliced", "tiled"] = "whole"
+    """How the autoencoder turns latents into images: a batch at once, image by image, or in overlapping tiles."""
     options: dict[str, Any] = {}
     """Options of the family's adapter."""
 
@@ -193,6 +199,9 @@ class RisdSection(Section):
     shift: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
     """Largest move of a picture either way, as a share of its shorter side, each time the student sees it: the
     teacher's judgement is of the picture, not of where its pixels lie (ours)."""
+    noise: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Gaussian noise on the pixels, in [0, 1], each time the student sees a picture: standard deviations drawn evenly
+    from 0 to this. A reward whose gradient is taken through noisy views (`augment`) should have seen some (ours)."""
 
 
 class OpdSection(Section):
@@ -433,6 +442,8 @@ class DirectRewardRecipe(_Recipe):
     balance: Literal["value", "gradient"] = "value"
     """How several rewards' weights are meant: of their values, each divided by its card's scale; or of their gradients
     at the image, each divided by its norm over the micro-batch, so that no reward drowns another."""
+    mixing: MixingSection = Sum()
+    """How several rewards become one number an image (docs/rewards.md)."""
     regularise: RegulariseSection = RegulariseSection()
     augment: AugmentSection | None = None
     guard: GuardSection | None = None
@@ -452,6 +463,18 @@ class DirectRewardRecipe(_Recipe):
                 "regularise.velocity compares with the frozen start, which adapters keep beside them; train with "
                 "`lora:`, or leave it out"
             )
+        if self.mixing.kind != "sum":
+            if len(self.rewards) < 2:
+                raise ValueError(f"mixing {self.mixing.kind} is of several rewards, and there is one; leave mixing out")
+            if self.balance == "gradient":
+                raise ValueError(
+                    f"balance: gradient weighs the gradients of a sum, and mixing is {self.mixing.kind}; leave one out"
+                )
+            if any(reward.weight <= 0 for reward in self.rewards):
+                raise ValueError(
+                    f"mixing {self.mixing.kind} compares weight * (value - offset) / scale of the rewards, so weights "
+                    "must be above 0"
+                )
         trained = {(reward.name, repr(reward.options)) for reward in self.rewards}
         for reward in self.guard.rewards if self.guard else []:
             if (reward.name, repr(reward.options)) in trained:
@@ -542,4 +565,9 @@ TASKS = {
 def _adapters_or_full(recipe: R) -> R:
     if (recipe.lora is None) == (recipe.full is None):
         raise ValueError("name one of `lora:` (adapters) and `full:` (whole modules)")
+    if recipe.full is not None and recipe.pipeline.dtype == "bfloat16" and recipe.train.precision != "bf16":
+        raise ValueError(
+            "pipeline.dtype bfloat16 beside `full:`, whose modules are float32, needs train.precision bf16, which lets "
+            "the two compute together"
+        )
     return recipe

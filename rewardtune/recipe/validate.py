@@ -92,6 +92,8 @@ def _check_reward(loc: Loc, entry: Mapping[str, Any], *, training: bool) -> Iter
 
 def _check_reduction(loc: Loc, entry: Mapping[str, Any], card: RewardCard) -> Iterator[Mistake]:
     """`statistic` and `dimensions` speak of a distribution, which scalar rewards do not have."""
+    if card.known_when_loaded:
+        return  # `build_term` looks at the loaded one
     for key in ("statistic", "dimensions"):
         if entry.get(key) is not None and not card.dimensions:
             yield Mistake((*loc, key), f"{key} needs a distributional reward; '{card.name}' gives one number an image")

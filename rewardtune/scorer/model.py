@@ -136,11 +136,68 @@ class Scorer:
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """(B, L) ids padded on the left, and the mask of what is not padding."""
-        length = max(map(len, rows))
-        filler = self.tokenizer.pad_token_id or 0
-        ids = torch.tensor([[filler] * (length - len(row)) + list(row) for row in rows], device=self.device)
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        return ids, mask
+        return pad_left(rows, filler=self.tokenizer.pad_token_id or 0, device=self.device)
+
+
+def pad_left(rows: Sequence[Sequence[int]], *, filler: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, L) ids padded on the left, and the mask of what is not padding."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[filler] * (length - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+@dataclass(frozen=True)
+class VisionLanguageModel:
+    """A frozen model of the Qwen-VL kind with its tokenizer, and how it cuts pictures."""
+
+    model: nn.Module
+    tokenizer: Any
+    geometry: Geometry
+    stored_dtype: torch.dtype
+    """Dtype of the weights on disk."""
+    folder: Path | None
+    """Where the checkpoint's small files lie; None when a hub id offers none."""
+
+
+def load_model(
+    reference: str | Path,
+    *,
+    what: str,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> VisionLanguageModel:
+    """A model from a folder, an export, `pocket:<name>` or a hub id; frozen, in eval mode.
+
+    what: who asks for it, for messages. Raises RecipeError: no such model, or not an image-text model of this kind.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+
+    path = resolve(str(reference))
+    folder = _files(path, revision)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            path, revision=revision, dtype=dtype, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(
+            f"{what} {str(reference)!r} does not load: {' '.join(str(error).split())[:400]} Give the folder of an "
+            "image-text model with its tokenizer, a scorer's export, pocket:<name> or a hub id."
+        ) from error
+    if not hasattr(config, "vision_config") or not hasattr(config.vision_config, "spatial_merge_size"):
+        raise RecipeError(
+            f"{what} {str(reference)!r} is a {config.model_type} model; it must be a Qwen-VL model (qwen3_5, qwen3_vl)."
+        )
+    return VisionLanguageModel(
+        model=model.to(device).requires_grad_(False).eval(),
+        tokenizer=tokenizer,
+        geometry=read_geometry(config.vision_config, folder),
+        stored_dtype=config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32,
+        folder=folder,
+    )
 
 
 def load_scorer(
@@ -156,34 +213,16 @@ def load_scorer(
     rubric: a file; the checkpoint's own `rubric.json` when None, and the shipped one where it has none.
     Raises RecipeError: no such model, not an image-text model, or levels that are not single tokens.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
-
-    path = resolve(str(reference))
-    folder = _files(path, revision)
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            path, revision=revision, dtype=dtype, use_safetensors=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise RecipeError(
-            f"scorer {str(reference)!r} does not load: {' '.join(str(error).split())[:400]} Give the folder of an "
-            "image-text model with its tokenizer, a scorer's export, pocket:<name> or a hub id."
-        ) from error
-    if not hasattr(config, "vision_config") or not hasattr(config.vision_config, "spatial_merge_size"):
-        raise RecipeError(
-            f"scorer {str(reference)!r} is a {config.model_type} model; scorers are Qwen-VL models (qwen3_5, qwen3_vl)."
-        )
-    own = folder is not None and (folder / FILE).is_file()
-    chosen = load_rubric(rubric if rubric is not None else folder if own else None)
+    loaded = load_model(reference, what="scorer", revision=revision, dtype=dtype, device=device)
+    own = loaded.folder is not None and (loaded.folder / FILE).is_file()
+    chosen = load_rubric(rubric if rubric is not None else loaded.folder if own else None)
     return Scorer(
-        model=model.to(device).requires_grad_(False).eval(),
-        tokenizer=tokenizer,
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
         rubric=chosen,
-        reading=reading(chosen, tokenizer),
-        geometry=read_geometry(config.vision_config, folder),
-        stored_dtype=config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32,
+        reading=reading(chosen, loaded.tokenizer),
+        geometry=loaded.geometry,
+        stored_dtype=loaded.stored_dtype,
     )
 
 

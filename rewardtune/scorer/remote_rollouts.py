@@ -22,8 +22,11 @@ from torch import Tensor
 from rewardtune.data.images import data_url, to_pil
 from rewardtune.errors import RecipeError
 from rewardtune.randomness import key
-from rewardtune.scorer import connection, served_adapter
-from rewardtune.scorer.connection import (
+from rewardtune.scorer import served_adapter
+from rewardtune.scorer.reasoning import Question, Reasoner, Trace
+from rewardtune.scorer.server import UNFILTERED
+from rewardtune.serving import connection
+from rewardtune.serving.connection import (
     Connection,
     Dropped,
     Fault,
@@ -33,8 +36,6 @@ from rewardtune.scorer.connection import (
     first_choice,
     json_object,
 )
-from rewardtune.scorer.reasoning import Question, Reasoner, Trace
-from rewardtune.scorer.server import UNFILTERED
 
 LOST_SHARE = 0.5
 """Most of a process's traces of one roll-out that may be lost (ours): they are few, and one is no sign yet."""
@@ -81,8 +82,9 @@ class RemoteSampler:
         when the server cannot do what is asked or reads other tokens than it was sent, DataError when more than
         `LOST_SHARE` of the traces are lost or the adapter cannot be loaded, DiskError when it cannot be written.
         """
+        secret = connection.key_from_environment(self.key_variable)
         line = Connection(
-            self.url, key_variable=self.key_variable, timeout=self.timeout, retries=self.retries, sleep=self.sleep
+            connection.base(self.url), key=secret, timeout=self.timeout, retries=self.retries, sleep=self.sleep
         )
         reasoner = self.reasoner
         if self.loaded is None or self.loaded[0] != step:

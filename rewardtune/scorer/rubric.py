@@ -21,6 +21,7 @@ from rewardtune.errors import RecipeError
 FILE = "rubric.json"
 SLOTS = ("image", "prompt")
 PAIR_SLOTS = ("image", "reference", "prompt")
+TURN = re.compile(r"<\|im_start\|>(system|user)\n?(.*?)<\|im_end\|>", re.DOTALL)
 TOUCHING = re.compile(r"\{(image|reference)\}(\{prompt\})?\{(image|reference)\}")
 
 
@@ -283,7 +284,7 @@ def comparison_reading(rubric: Rubric, tokenizer: Any) -> ComparisonReading:
         raise RecipeError("rubric: comparison.template ends with {image}, {reference} or {prompt}; end it with the "
                           "start of the turn in which the model answers.")  # fmt: skip
     endings = [re.split(r"\{(?:image|reference|prompt)\}", text)[-1] for text in texts]
-    yes, no = (_single(answer, endings, ids, tokenizer.unk_token_id) for answer in (asked.yes, asked.no))
+    yes, no = (single_token(answer, endings, ids, tokenizer.unk_token_id) for answer in (asked.yes, asked.no))
     if yes is None or no is None or yes == no:
         wrong = " and ".join(repr(a) for a, token in ((asked.yes, yes), (asked.no, no)) if token is None)
         found = f"{wrong} is not one token" if wrong else f"{asked.yes!r} and {asked.no!r} are the same token"
@@ -315,6 +316,26 @@ def filled(rubric: Rubric, template: str, dimensions: Sequence[str]) -> str:
     return template.replace("{criteria}", criteria).replace("{dimension}", ", ".join(dimensions))
 
 
+def chat(template: str, *, name: str) -> tuple[str | None, str]:
+    """A ChatML template as a server is asked it: text of the system turn, None without one, and of the user turn.
+
+    The user turn keeps its slots. name: of the template, for the error. Raises RecipeError for other templates.
+    """
+    turns = TURN.findall(template)
+    if [role for role, _ in turns] not in (["user"], ["system", "user"]) or "{image}" not in turns[-1][1]:
+        raise RecipeError(
+            f"this rubric cannot be asked of a server: {name} must be ChatML, an optional system turn and one user "
+            "turn with {image}, each from <|im_start|> to <|im_end|>."
+        )
+    return (turns[0][1] if len(turns) == 2 else None), turns[-1][1]
+
+
+def around_image(text: str, prompt: str) -> tuple[str, str]:
+    """Text before and after {image}, with the prompt in its slot. A server's own chat template marks the image."""
+    before, after = re.split(r"(?:<\|vision_start\|>)?\{image\}(?:<\|vision_end\|>)?", text)
+    return before.replace("{prompt}", prompt), after.replace("{prompt}", prompt)
+
+
 def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
     return lambda text: tokenizer.encode(text, add_special_tokens=False)
 
@@ -328,7 +349,7 @@ def _frame(template: str, ids: Callable[[str], list[int]], slots: Sequence[str] 
     return Frame(tuple(mark[2] or mark[3] for mark in marks), tuple(tuple(ids(text)) for text in texts), lead)
 
 
-def _single(token: str, texts: Sequence[str], ids: Callable[[str], list[int]], unknown: int | None) -> int | None:
+def single_token(token: str, texts: Sequence[str], ids: Callable[[str], list[int]], unknown: int | None) -> int | None:
     """The one token that a text is behind each of these, or None where it is several, another, or unknown."""
     found = set()
     for text in texts:
@@ -341,7 +362,7 @@ def _single(token: str, texts: Sequence[str], ids: Callable[[str], list[int]], u
 def _level_ids(
     rubric: Rubric, reads: Sequence[str], ids: Callable[[str], list[int]], unknown: int | None
 ) -> tuple[int, ...]:
-    found = {level: _single(level.token, reads, ids, unknown) for level in rubric.levels}
+    found = {level: single_token(level.token, reads, ids, unknown) for level in rubric.levels}
     wrong = [f"{level.token!r} (value {level.value:g})" for level, token in found.items() if token is None]
     if wrong:
         raise RecipeError(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rewardtune.diffusion import lora
 from rewardtune.errors import DataError, DiskError, RecipeError, RewardTuneError
-from rewardtune.scorer.connection import Connection, Dropped, Refused
+from rewardtune.serving.connection import Connection, Dropped, Refused
 from rewardtune.training import runtime, shard
 
 NAME = "rewardtune"

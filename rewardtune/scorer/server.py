@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rewardtune.data.images import data_url, to_pil
 from rewardtune.errors import RecipeError
 from rewardtune.randomness import key
-from rewardtune.scorer import connection
-from rewardtune.scorer.connection import (
+from rewardtune.serving import connection
+from rewardtune.serving.connection import (
     Connection,
     Dropped,
     Fault,
@@ -142,8 +142,9 @@ class ServerJudge:
         of all rows are unscorable.
         """
         assert traces >= 1, "a judgement needs a trace"
+        secret = connection.key_from_environment(self.key_variable)
         line = Connection(
-            self.url, key_variable=self.key_variable, timeout=self.timeout, retries=self.retries, sleep=self.sleep
+            connection.base(self.url), key=secret, timeout=self.timeout, retries=self.retries, sleep=self.sleep
         )
         # pictures are encoded on the way, once an item and only a few ahead: all of them may not fit in memory
         found = ask_all(
@@ -155,7 +156,7 @@ class ServerJudge:
 
     def _rows(self, items: Sequence[Item], traces: int, seed: int) -> Iterator[_Row]:
         for i, (image, prompt, dimension) in enumerate(items):
-            picture = _picture(image)
+            picture = as_picture(image)
             content = repr((picture.size, str(prompt), dimension)).encode() + picture.tobytes()
             name = hashlib.sha256(content).hexdigest()
             messages = self._messages(picture, str(prompt), dimension)
@@ -208,7 +209,7 @@ class ServerJudge:
                 # no level stands would look like one. `allowed_token_ids`, and `logprob_token_ids` of newer releases,
                 # want ids of the server's tokenizer.
             }
-            levels = self._ask(line, row, "score", score, lambda answer: _levels(answer, read, thinking.levels))
+            levels = self._ask(line, row, "score", score, lambda answer: read_levels(answer, read, thinking.levels))
         except Dropped as error:
             return Unscorable(" ".join(str(error).split()))
         return Judgement(trace, ended, levels, tokens)
@@ -281,8 +282,16 @@ def _trace(answer: dict[str, Any], close: str) -> tuple[str, bool, int | None]:
     return trace.strip(), ended, tokens if isinstance(tokens, int) else None
 
 
-def _levels(answer: dict[str, Any], read: str, levels: Sequence[str]) -> tuple[float, ...]:
-    """Probabilities of the levels, renormalised over them: softmax over the closed set (Z-Reward, section 3)."""
+def read_levels(
+    answer: dict[str, Any], read: str, levels: Sequence[str], *,
+    hint: str = "does the server continue the assistant's message?",
+) -> tuple[float, ...]:  # fmt: skip
+    """Probabilities of the levels, renormalised over them: softmax over the closed set (Z-Reward, section 3).
+
+    read: the text before the level, which is the answer's first token, or its second where `read` ends with a space and
+    the first token is that. hint: what may be wrong where no level stands. Raises Fault for an answer of another form,
+    Dropped where another attempt would say the same.
+    """
     logprobs = first_choice(answer).get("logprobs")
     places = logprobs.get("content") if isinstance(logprobs, dict) else None
     if not isinstance(places, list) or not places:
@@ -300,10 +309,7 @@ def _levels(answer: dict[str, Any], read: str, levels: Sequence[str]) -> tuple[f
     }
     mass = sum(found.values())
     if mass < LEAST_MASS:
-        raise Dropped(
-            f"the levels hold less than {LEAST_MASS:.0%} of the probability after the score prefix (does the server "
-            "continue the assistant's message?)"
-        )
+        raise Dropped(f"the levels hold less than {LEAST_MASS:.0%} of the probability after the score prefix ({hint})")
     # a token that is not listed is at most as probable as the last one that is
     lost = (len(levels) - len(found)) * min(listed.values())
     if lost > LOST_MASS * (mass + lost):
@@ -325,7 +331,8 @@ def _listed(place: Any) -> tuple[str, dict[str, float]]:
     return entries[0][0], listed
 
 
-def _picture(image: Image.Image | Tensor) -> Image.Image:
+def as_picture(image: Image.Image | Tensor) -> Image.Image:
+    """RGB, of 8 bits; a tensor is (3, H, W) in [0, 1]."""
     from PIL import Image
 
     return image.convert("RGB") if isinstance(image, Image.Image) else to_pil(image[None])[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from rewardtune.recipe.sections import TeacherSection
 from rewardtune.scorer import traces
 from rewardtune.scorer.model import Scorer, load_scorer
 from rewardtune.scorer.reasoning import Reasoner, load_reasoner
-from rewardtune.scorer.rubric import Rubric, filled, load_rubric
+from rewardtune.scorer.rubric import Rubric, around_image, chat, filled, load_rubric
 from rewardtune.scorer.server import Conversation, Judgement, ServerJudge
 from rewardtune.scorer.traces import Item, Row
 from rewardtune.training import runtime
@@ -98,21 +97,11 @@ def conversation(rubric: Rubric) -> Conversation:
     thinking = rubric.thinking
     if thinking is None:
         raise RecipeError("the teacher's rubric has no `thinking` part, so it does not say how reasoning is asked for.")
-    turn = re.compile(r"<\|im_start\|>(system|user)\n?(.*?)<\|im_end\|>", re.DOTALL)
-    turns = turn.findall(thinking.template)
-    if [role for role, _ in turns] not in (["user"], ["system", "user"]) or "{image}" not in turns[-1][1]:
-        raise RecipeError(
-            "the teacher's rubric cannot be asked of a server: thinking.template must be ChatML, an optional system "
-            "turn and one user turn with {image}, each from <|im_start|> to <|im_end|>."
-        )
+    system, asked = chat(thinking.template, name="thinking.template")
 
     def question(prompt: str, dimension: int) -> tuple[str, str]:
-        text = filled(rubric, turns[-1][1], [rubric.dimensions[dimension]])
-        # the server's own chat template sets the marks around an image
-        before, after = re.split(r"(?:<\|vision_start\|>)?\{image\}(?:<\|vision_end\|>)?", text)
-        return before.replace("{prompt}", prompt), after.replace("{prompt}", prompt)
+        return around_image(filled(rubric, asked, [rubric.dimensions[dimension]]), prompt)
 
-    system = turns[0][1] if len(turns) == 2 else None
     tokens = tuple(level.token for level in rubric.levels)
     return Conversation(question, thinking.close, thinking.reads, tokens, system)
 

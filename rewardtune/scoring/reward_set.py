@@ -1,11 +1,11 @@
-"""Images and prompts -> one number an image: load rewards, run each once, reduce, weight and name them.
+"""Images and prompts -> one number an image: load rewards, run each once, reduce, mix and name them.
 
 The engine's only view of rewards; it knows none by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -13,23 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardtune.errors import NonFiniteError
+from rewardtune.errors import DataError
 from rewardtune.plugins import Reward
+from rewardtune.scoring.checked import Checked, check_score
+from rewardtune.scoring.mixing import Mixing
 from rewardtune.scoring.objective import Statistic, expectation
 from rewardtune.types import Prompt, Score
 
 
 def load_reward(name: str, *, device: str = "cpu", **options: Any) -> Reward:
-    """A reward by its name in `rewards list`, with the options of its card.
+    """A reward by its name in `rewards list`, with the options of its card; what it is given is checked first.
 
-    Raises RecipeError for an unknown name or option, MissingExtra when a package is missing.
+    Raises PluginError for an unknown name, RecipeError for an unknown option or weights that do not fit, MissingExtra
+    when a package is missing.
     """
     from pydantic import ValidationError
 
     from rewardtune import registry
-    from rewardtune.errors import RecipeError
+    from rewardtune.errors import MissingExtra, RecipeError
+    from rewardtune.recipe.validate import missing_requirement
 
     plugin = registry.rewards.load_class(name)
+    if why := missing_requirement(plugin.card):
+        raise MissingExtra(f"reward {name!r} {why}")
     try:
         config = plugin.Config(**options)
     except ValidationError as error:
@@ -37,8 +43,7 @@ def load_reward(name: str, *, device: str = "cpu", **options: Any) -> Reward:
         raise RecipeError(
             f"reward {name!r} does not take these options: {problems}. `rewardtune rewards show {name}` lists them."
         ) from error
-    reward: Reward = plugin.load(config, device=device)
-    return reward
+    return Checked(plugin.load(config, device=device), config)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,10 @@ class Term:
     ceiling: float | None = None
     """Value above which an image gives no gradient (below which, where lower is better)."""
     relative: Relative | None = None
+    offset: float = 0.0
+    """Value that counts as 0."""
+    batch_size: int | None = None
+    """Most images that go through the reward at once; all when None."""
 
     @property
     def name(self) -> str:
@@ -69,23 +78,23 @@ class Term:
 
 
 class RewardSet:
-    """Several rewards as one: sum over terms of weight * sign * value / scale. One forward a reward a batch."""
+    """Several rewards as one, by `Mixing`. One forward a reward and image."""
 
-    def __init__(self, terms: Sequence[Term]) -> None:
-        self.terms = terms
+    def __init__(self, terms: Sequence[Term], mixing: Mixing | None = None) -> None:
+        self.terms, self.mixing = terms, mixing or Mixing()
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, float]]:
         """(B,) numbers to maximise, and every reward's and dimension's batch mean for the log.
 
         Raises NonFiniteError, naming the reward, where a value is missing or not finite.
         """
-        total = torch.zeros(len(prompts), device=images.device)
+        values: list[Tensor] = []
         metrics: dict[str, float] = {}
         for term in self.terms:
             value, seen = score_term(term, images, prompts)
-            total = total + term.weight * value
+            values.append(term.weight * value)
             metrics |= seen
-        return total, metrics
+        return self.mixing.value(values), metrics
 
     def gradient(
         self, images: Tensor, prompts: Sequence[str], weights: Tensor | None, *, balance: str
@@ -95,7 +104,7 @@ class RewardSet:
         The objective is the mean of weights * values. balance `gradient`: every reward's gradient is divided by its
         norm before its weight counts. Logged: each norm, and the cosine of every two.
         """
-        total = torch.zeros(len(prompts), device=images.device)
+        values: list[Tensor] = []
         metrics: dict[str, float] = {}
         gradients: list[Tensor] = []
         for term in self.terms:
@@ -104,34 +113,82 @@ class RewardSet:
             factors = torch.ones_like(value) if weights is None else weights.to(value)
             (one,) = torch.autograd.grad((factors * value).mean(), leaf)
             gradients.append(one)
-            total = total + term.weight * value.detach()
+            values.append(term.weight * value.detach())
             metrics |= seen
         norms = [g.norm() for g in gradients]
         combined = torch.zeros_like(images)
-        for term, one, norm in zip(self.terms, gradients, norms, strict=True):
+        for term, one, norm, share in zip(self.terms, gradients, norms, self.mixing.shares(values), strict=True):
             metrics[f"gradient/{term.name}"] = norm.item()
             scale = 1 / norm.clamp(min=torch.finfo(norm.dtype).tiny) if balance == "gradient" else 1.0
-            combined = combined + term.weight * scale * one
+            # a share belongs to an image, and so does its part of the gradient
+            combined = combined + term.weight * scale * share.view(-1, 1, 1, 1) * one
         for (a, left), (b, right) in combinations(zip(self.terms, gradients, strict=True), 2):
             cosine = torch.nn.functional.cosine_similarity(left.flatten(), right.flatten(), dim=0)
             metrics[f"cosine/{a.name}/{b.name}"] = cosine.item()
-        return combined, total, metrics
+        return combined, self.mixing.value(values), metrics
 
 
 def score_term(term: Term, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, float]]:
     """(B,) values of one term, higher is better, over its card's scale; and what to log of it.
 
+    With `batch_size` the images go through in groups, and each group's graph is gone before the next one's is built:
+    the gradient is taken on the way forward, which is exact because a value depends on its own image alone.
     Raises NonFiniteError, naming the reward, where a value is missing or not finite.
     """
+    size = term.batch_size
+    if size is None or len(prompts) <= size:
+        return _score_group(term, images, prompts)
+    if len(images) != len(prompts):
+        raise DataError(
+            f"reward {term.name!r}: {len(images)} images came with {len(prompts)} prompts. Give one an image."
+        )
+    seen: list[tuple[dict[str, float], int]] = []
+
+    def group(start: int, some: Tensor) -> Tensor:
+        value, metrics = _score_group(term, some, prompts[start : start + size])
+        seen.append((metrics, len(some)))
+        return value
+
+    value = _Groups.apply(images, size, group)  # type: ignore[no-untyped-call]
+    names = seen[0][0]
+    metrics = {name: sum(found[name] * count for found, count in seen) / len(prompts) for name in names}
+    return value, metrics
+
+
+class _Groups(torch.autograd.Function):
+    """(images (B, ...), size, group(start, images) -> values) -> (B,) values, each of its own image alone."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, size: int, group: Callable[[int, Tensor], Tensor]) -> Tensor:
+        values, gradients = [], []
+        wanted = ctx.needs_input_grad[0]
+        for start in range(0, len(images), size):
+            leaf = images.detach()[start : start + size].requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                value = group(start, leaf)
+                if wanted:
+                    gradients.append(torch.autograd.grad(value.sum(), leaf)[0])
+            values.append(value.detach())
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return upstream[0].view(-1, *[1] * (gradients.dim() - 1)) * gradients, None, None
+
+
+def _score_group(term: Term, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, float]]:
     if term.relative is None:
         score = term.reward.score(images, prompts)
         value = reduce(score, term)
     else:
         score = term.reward.score(images, [_before(term.relative.positive, p) for p in prompts])
         other = term.reward.score(images, [_before(term.relative.negative, p) for p in prompts])
-        check(term.name, other, len(prompts))
+        check_score(term.name, other, len(prompts))
         value = (1 + term.relative.k) * reduce(score, term) - reduce(other, term)
-    check(term.name, score, len(prompts))
+    check_score(term.name, score, len(prompts))
     if term.ceiling is not None:
         higher = term.reward.card.higher_is_better
         value = value.clamp(max=term.ceiling) if higher else value.clamp(min=term.ceiling)
@@ -142,7 +199,7 @@ def score_term(term: Term, images: Tensor, prompts: Sequence[str]) -> tuple[Tens
         metrics |= {f"reward/{term.name}/{d}": m.item() for d, m in zip(score.dimensions, means, strict=True)}
     else:
         metrics |= {f"reward/{term.name}/{k}": v.detach().mean().item() for k, v in score.parts.items()}
-    return sign * value.float() / term.reward.card.scale, metrics
+    return sign * (value.float() - term.offset) / term.reward.card.scale, metrics
 
 
 def _before(phrase: str, prompt: str) -> Prompt:
@@ -158,17 +215,3 @@ def reduce(score: Score, term: Term) -> Tensor:
     wanted = term.dimensions or dict.fromkeys(score.dimensions, 1.0)
     weights = torch.tensor([wanted.get(d, 0.0) for d in score.dimensions]).to(per_dimension)
     return (per_dimension * weights).sum(-1) / weights.abs().sum()
-
-
-def check(name: str, score: Score, count: int) -> None:
-    """A missing or non-finite reward is never turned into a number."""
-    if score.value.shape != (count,):
-        raise NonFiniteError(
-            f"reward {name!r} returned {tuple(score.value.shape)} values for {count} images; it must return one each"
-        )
-    if not bool(torch.isfinite(score.value).all()):
-        bad = (~torch.isfinite(score.value)).nonzero().flatten().tolist()
-        raise NonFiniteError(
-            f"reward {name!r} returned a value that is not finite for image(s) {bad} of the batch. Nothing was updated "
-            f"from it. Run `rewardtune rewards test {name}`; in bf16, try train.precision=fp32."
-        )

@@ -98,7 +98,7 @@ def score_files(
     import torch
 
     from rewardtune.data.images import open_image, to_tensor
-    from rewardtune.scoring.reward_set import check
+    from rewardtune.scoring.checked import check_score
 
     start = 0
     while start < len(files):
@@ -111,7 +111,7 @@ def score_files(
         stop = start + len(pictures)
         with torch.no_grad():
             score = reward.score(to_tensor(pictures).to(device), prompts[start:stop])
-        check(reward.card.name, score, len(pictures))
+        check_score(reward.card.name, score, len(pictures))
         yield from _plain(score)
         start = stop
         if progress is not None:

@@ -37,7 +37,8 @@ class Batch:
 class DirectReward:
     """See `tasks.Task`. method: a `gradients.Method` with its settings bound, or what it
     chooses, for a pipeline that is run as a whole. velocity: weight of the pull to the
-    frozen start. sft: a task whose loss is added, and its weight."""
+    frozen start. sft: a task whose loss is added, and its weight. sliced: decode image by
+    image, so that the decoder's graph is one image's."""
 
     def __init__(
         self,
@@ -55,13 +56,14 @@ class DirectReward:
         balance: str = "value",
         velocity: float = 0.0,
         sft: tuple[Sft, float] | None = None,
+        sliced: bool = False,
         samples: Callable[[], Tensor | None],
         export: Callable[[Path, Mapping[str, str]], None],
     ) -> None:
         self.pipeline, self.trainable, self.prompts, self.rewards = pipeline, trainable, prompts, rewards
         self.method, self.num_steps, self.guidance, self.size, self.seed = method, num_steps, guidance, size, seed
         self.augmentation, self.samples, self.export = augmentation, samples, export
-        self.balance, self.velocity, self.sft = balance, velocity, sft
+        self.balance, self.velocity, self.sft, self.sliced = balance, velocity, sft, sliced
 
     def batch(self, step: int, indices: Sequence[int]) -> Batch:
         rows = [epoch_index(self.seed, "prompts/order", i, len(self.prompts)) for i in indices]
@@ -101,8 +103,11 @@ class DirectReward:
         draws = Draws(choice(self.seed, "gradient/step", batch.step), keys)
         latents, weights = self.method(chain, batch.noise, draws)
         # recomputing the decoder keeps its graph away while the reward's lives, and the other way round
-        images = checkpoint(self.pipeline.decode, latents, use_reentrant=False, preserve_rng_state=False)
-        return images, weights, chain
+        parts = [
+            checkpoint(self.pipeline.decode, part, use_reentrant=False, preserve_rng_state=False)
+            for part in (latents.split(1) if self.sliced else [latents])
+        ]
+        return torch.cat(parts) if self.sliced else parts[0], weights, chain
 
     def _reward(
         self, images: Tensor, batch: Batch, copies: int, weights: Tensor | None

@@ -57,12 +57,15 @@ class RewardRisd:
         chosen = [epoch_index(self.seed, "risd/order", i, len(self.items)) for i in indices]
         device = self.scorer.device
         images = read_tensors((self.items[i][0] for i in chosen), device=device)
-        if self.objective.shift:
-            moved = Augmentation(copies=1, shift=self.objective.shift, noise=0.0)
-            keys = [generator(self.seed, "risd/shift", i) for i in indices]
-            images = [moved.views(image[None], [key])[0] for image, key in zip(images, keys, strict=True)]
+        if self.objective.shift or self.objective.noise:
+            images = [self._view(image, generator(self.seed, "risd/view", i))
+                      for image, i in zip(images, indices, strict=True)]  # fmt: skip
         teacher = self.judge(indices, chosen).to(device)
         return Batch(images, [self.items[i][1] for i in chosen], teacher, self.labels[chosen].to(device))
+
+    def _view(self, image: Tensor, drawn: torch.Generator) -> Tensor:
+        noise = self.objective.noise * torch.rand((), generator=drawn).item()
+        return Augmentation(copies=1, shift=self.objective.shift, noise=noise).views(image[None], [drawn])[0]
 
     def step(self, batch: Batch) -> StepOutput:
         logits = self.scorer.logits(batch.images, batch.prompts)

@@ -126,7 +126,7 @@ def pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str,
     for kind, entries in (("state", state["state"].items()), ("groups", enumerate(state["param_groups"]))):
         for index, values in entries:
             plain = rest[kind].setdefault(str(index), {})
-            for key, value in values.items():
+            for key, value in _flat(values).items():
                 if isinstance(value, Tensor):
                     tensors[f"{kind}.{index}.{key}"] = value
                 else:
@@ -149,4 +149,25 @@ def unpack(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest
             state.setdefault(int(number), {})[key] = held(parameters[int(number)], tensor)
         else:
             groups[int(number)][key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict({"state": {i: _nested(v) for i, v in state.items()}, "param_groups": groups})
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """bitsandbytes keeps the quantised state of a parameter in a mapping of its own: its keys get the outer one before
+    them."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, Mapping) else {key: value}
+    return out
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `_flat` was given."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        outer, dot, inner = key.partition(".")
+        if dot:
+            out.setdefault(outer, {})[inner] = value
+        else:
+            out[key] = value
+    return out

@@ -78,18 +78,28 @@ def train_recipe(
 
 
 def export_run(
-    run: str | Path, *, out: str | Path | None = None, format: str = "diffusers", merge: bool = False
+    run: str | Path,
+    *,
+    out: str | Path | None = None,
+    format: str = "diffusers",
+    merge: bool = False,
+    scale: float = 1.0,
+    push: str | None = None,
 ) -> Path:
     """Export a run's newest checkpoint, finished or not, to `out` (or the run's export/), and return the folder.
 
     format: `diffusers`, or `comfyui` for a file of adapters that it loads. merge: the whole pipeline with the adapters
-    folded in. These go to the run's export-comfyui/ and export-merged/ by default. Raises RecipeError when the folder
-    is no run, holds no checkpoint or has no adapters, CheckFailed when the export does not reload.
+    folded in. These go to the run's export-comfyui/ and export-merged/ by default. scale: how much of what the adapters
+    do is kept, above 0 and up to 1; another than 1 is in the folder's default name. push: a repository of the hub to
+    upload the folder to. Raises RecipeError when the folder is no run, holds no checkpoint or has no adapters, or the
+    hub refuses, CheckFailed when the export does not reload.
     """
     from rewardtune.training import checkpoint as checkpoints
-    from rewardtune.training import run_folder, runtime
+    from rewardtune.training import hub, run_folder, runtime
 
     folder = Path(run)
+    if push is not None:
+        hub.check(push)
     known = (folder / "recipe.json").is_file()
     saved = checkpoints.newest(folder / "checkpoints", clean=False) if known else None
     if saved is None:
@@ -98,16 +108,38 @@ def export_run(
             "folder that `rewardtune train` printed."
         )
     recipe = run_folder.read_recipe(folder)
+    if merge and isinstance(recipe, SftRecipe | DirectRewardRecipe):
+        # what bfloat16 would round away of the sum is most of what was learnt
+        section = recipe.pipeline.model_copy(update={"dtype": "float32"})
+        recipe = recipe.model_copy(update={"pipeline": section})
     where = runtime.start(device=recipe.train.device, precision=recipe.train.precision)
     guard = _finished_guard(recipe, folder, saved.step)
     task = _restored(recipe, saved, where, guard)
     write = _other_form(recipe, task, format=format, merge=merge)
     name = "export-merged" if merge else "export-comfyui" if format == "comfyui" else "export"
+    if scale != 1.0:
+        _scale(recipe, task, scale)
+        name = f"{name}-{scale:g}"
     target = Path(out) if out is not None else folder / name
     chosen = guard.chosen() if guard else None
     step = saved.step if chosen is None else chosen
-    _export(write or task.export, target, run_folder.provenance(folder, step=step))
+    scaled = {} if scale == 1.0 else {"lora_scale": f"{scale:g}"}
+    _export(write or task.export, target, {**run_folder.provenance(folder, step=step), **scaled})
+    if push is not None:
+        url = hub.push(target, push, message=f"rewardtune: {folder.resolve().name}, step {step}")
+        print(f"uploaded to {url}", file=sys.stderr)
     return target
+
+
+def _scale(recipe: Recipe, task: Any, scale: float) -> None:
+    """Take adapters back towards the start, before they are written."""
+    if not isinstance(recipe, SftRecipe | DirectRewardRecipe) or recipe.lora is None:
+        raise RecipeError(f"export --scale is about adapters of a pipeline; this run ({recipe.task}) trained none.")
+    if not 0 < scale <= 1:
+        raise RecipeError(f"export --scale {scale:g}: give a number above 0 (the start) and up to 1 (the tuned model).")
+    from rewardtune.diffusion import lora
+
+    lora.shrink(task.trainable.values(), scale)
 
 
 def _other_form(recipe: Recipe, task: Any, *, format: str, merge: bool) -> Writer | None:

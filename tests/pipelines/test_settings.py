@@ -11,6 +11,8 @@ import pytest
 import tiny
 import torch
 from parity import Case
+from PIL import Image
+from rewardtune.pipelines.generic import Generic
 from rewardtune.pipelines.pixart_sigma import PixArtSigma
 from rewardtune.pipelines.stable_diffusion_3 import StableDiffusion3
 from rewardtune.pipelines.stable_diffusion_xl import StableDiffusionXL
@@ -21,6 +23,7 @@ from rewardtune.compare import reproduce
 from rewardtune.compare.sampling import Plan, sample_sides
 from rewardtune.compare.sides import resolve_sides
 from rewardtune.diffusion import export, lora
+from rewardtune.diffusion.rollout import sample
 from rewardtune.errors import RecipeError
 from rewardtune.plugins import Guidance, RewardCard
 from rewardtune.recipe.sections import DirectRewardRecipe
@@ -123,14 +126,85 @@ def test_a_comparison_with_its_adapters_can_be_drawn_again(family, options, make
     card = (run / "export" / "README.md").read_text()
     assert all(line in card for line in lines)
     write_recipe(run, base, options)
-    sides = resolve_sides([run, "base"])  # the start last, so that the adapters have to come off again
+    # the start last, so that the adapters have to come off again
+    sides = resolve_sides([run, f"{run}@1", f"{run}@0.5", f"{run}@linear", f"{run}@0", "base"])
+    assert [side.name for side in sides] == ["run", "run-1", "run-0.5", "run-linear", "run-0", "base"]
     plan = Plan((Prompt("dog"), Prompt("red cat")), seeds=1, steps=2, guidance_scale=2.0, batch_size=2, size=(16, 16))
     sample_sides(sides, plan, tmp_path / "out", device="cpu")
     pictures = [(tmp_path / "out/images" / side.name / "0000-0.png").read_bytes() for side in sides]
-    assert pictures[0] != pictures[1]
+    assert pictures[0] == pictures[1] and pictures[4] == pictures[5] and len(set(pictures)) == 4
     shutil.copy(Path(reproduce.__file__), tmp_path / "out")
     monkeypatch.setattr(reproduce, "HERE", tmp_path / "out")
-    assert [reproduce.draw(side.name) for side in sides] == [0, 0]
+    assert [reproduce.draw(side.name) for side in sides] == [0] * 6
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("base@0.5", "base has no adapters"),
+        ("run@1.5", "a number from 0"),
+        ("run@cosine", "a number from 0"),
+    ],
+)
+def test_a_scale_that_says_nothing_is_named(given, said, tmp_path, monkeypatch):
+    tiny.pixart_sigma().save_pretrained(tmp_path / "base")
+    (tmp_path / "run/export").mkdir(parents=True)
+    write_recipe(tmp_path / "run", tmp_path / "base", {})
+    (tmp_path / "run/export/adapter_model.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=said):
+        resolve_sides([f"./{given}", "base"])
+
+
+def test_adapters_of_a_whole_rollout_cannot_be_annealed():
+    pipeline = Generic(tiny.pixart_sigma())
+    with pytest.raises(RecipeError, match=r"PixArtSigmaPipeline as a whole.*in place of `linear`"):
+        sample(pipeline, ["dog"], parity.generators(1), num_steps=2, guidance=GUIDED, size=(16, 16), annealed=True)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_export_at_a_scale_is_the_run_at_that_scale(merge, tmp_path, monkeypatch):
+    """A run of one step, in bfloat16; its adapters are then made large enough to be seen."""
+    from diffusers import DiffusionPipeline
+    from safetensors.torch import load_file
+
+    from rewardtune.recipe.file import load_recipe
+    from rewardtune.training.run import export_run, train_recipe
+
+    base = tmp_path / "base"
+    tiny.z_image().save_pretrained(base)
+    (tmp_path / "prompts.txt").write_text("dog\n")
+    (tmp_path / "r.yaml").write_text(
+        "task: sft\n"
+        f"pipeline: {{model: {base}, dtype: bfloat16}}\nlora: {{rank: 2, alpha: 3}}\n"
+        f"data: {{manifest: {tmp_path}/rows.jsonl, cache_latents: false}}\n"
+        "train: {steps: 1, device: cpu, precision: bf16}\noptimizer: {lr: 0.1}\n"
+    )
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "caption": "a dog"}) + "\n")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+    run = train_recipe(load_recipe(str(tmp_path / "r.yaml")), out=tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"--scale 1\.5"):
+        export_run(run, scale=1.5)
+    folder = export_run(run, scale=0.5, merge=merge)
+    whole = load_file(run / "export" / export.LORA_FILE)
+    assert any(t.any() for name, t in whole.items() if "lora_B" in name)
+    if not merge:
+        assert folder == run / "export-0.5"
+        for name, tensor in load_file(folder / export.LORA_FILE).items():
+            assert torch.equal(tensor, whole[name] * (0.5 if "lora_B" in name else 1.0))
+        return
+    assert folder == run / "export-merged-0.5"
+    merged = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    start = tiny.z_image()
+    changed = 0
+    for name, weight in start.transformer.named_parameters():
+        path = name.removesuffix(".weight")
+        new = merged.transformer.get_parameter(name)
+        a, b = whole.get(f"transformer.{path}.lora_A.weight"), whole.get(f"transformer.{path}.lora_B.weight")
+        # in float32, though the run's frozen weights were bfloat16
+        assert torch.allclose(new, weight if a is None else weight + 0.5 * b @ a, atol=1e-6)
+        changed += a is not None
+    assert changed
 
 
 def test_a_denoiser_that_cannot_be_compiled_is_named(tmp_path):

@@ -11,6 +11,8 @@ import re
 import resource
 import shutil
 import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from rewardtune.compare.page import bars, render
 from rewardtune.compare.report import headline, pairs_of
 from rewardtune.compare.scores import samples_csv
 from rewardtune.errors import DiskError
+from rewardtune.recipe.sections import DirectRewardRecipe
 
 PAYLOADS = [
     "<script>document.documentElement.dataset.ran='1'</script>",
@@ -287,3 +290,43 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_text_for_a_terminal_holds_no_controls() -> None:
     assert plain("a\x1b[31mb\x07\x9bc\nd\te\u202ef\u2028g") == "a[31mbc d efg"
+
+
+def guarded(folder: Path, world: tiny.Comparison, values: Sequence[float], *, exported: int) -> None:
+    """Make the second side a run whose guard saw these means of two images' scores."""
+    run = folder / "run"
+    (run / "guard").mkdir(parents=True)
+    looks = [
+        {"step": 10 * i, "values": {"oracle": [v - 1, v + 1]}, "diversity": 2.0 - 0.1 * i, "drift": 0.1 * i,
+         "trained": float(i)}
+        for i, v in enumerate(values)
+    ]  # fmt: skip
+    (run / "guard" / "looks.jsonl").write_text("".join(json.dumps(look) + "\n" for look in looks))
+    outcome = {"exported_step": exported, "reasons": ["the held-out score <b>fell</b>"]}
+    (run / "finished.json").write_text(json.dumps({"guard": outcome}))
+    recipe = {
+        "task": "direct_reward", "pipeline": {"model": "pocket:pipeline"}, "data": {"prompts": "pocket:prompts/train"},
+        "rewards": [{"name": "zreward"}], "gradient": {"method": "refl"},
+        "lora": {"rank": 2}, "train": {"steps": 1},
+        "guard": {"prompts": "pocket:prompts/validation", "seeds": 1, "rewards": [{"name": "oracle"}]},
+    }  # fmt: skip
+    made = DirectRewardRecipe.model_validate(recipe)
+    world.sides[1] = replace(world.sides[1], recipe=made, run=run)
+
+
+def test_the_page_draws_what_the_guard_saw(tmp_path: Path) -> None:
+    world = tiny.make(tmp_path / "report")
+    assert world.document()["guards"] == {}
+    guarded(tmp_path, world, [5.0, 7.0, 6.0], exported=10)
+    document = world.document()
+    curve = document["guards"]["tuned"]
+    assert [look["step"] for look in curve["looks"]] == [0, 10, 20]
+    # gains of 0, 2 and 1 over the standard deviation of 4 and 6, which is 1
+    assert [look["score"] for look in curve["looks"]] == pytest.approx([0.0, 2.0, 1.0])
+    assert [look["diversity"] for look in curve["looks"]] == pytest.approx([1.0, 0.95, 0.9])
+    assert curve["exported_step"] == 10
+    html = render(world.folder, document, world.scored, world.plan)
+    assert html.count('class="curve"') == 3 and "&lt;b&gt;fell" in html
+    score = html[html.index("held-out score from") :]
+    # the best look is at the top of the frame, in its middle, and it is the one that was exported
+    assert 'points="8.0,82.0 120.0,8.0 232.0,45.0 "' in score and 'class="chosen" cx="120.0" cy="8.0"' in score

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import tiny
@@ -11,7 +12,7 @@ from rewardtune.pipelines.z_image import ZImage
 from safetensors import safe_open
 
 from rewardtune import gradients
-from rewardtune.diffusion import export, lora
+from rewardtune.diffusion import export, lora, offload
 from rewardtune.plugins import Guidance, RewardCard
 from rewardtune.scoring.augment import Augmentation
 from rewardtune.scoring.reward_set import RewardSet, Term
@@ -159,7 +160,15 @@ def test_the_trained_pipeline_makes_room_for_the_one_that_an_export_is_checked_w
     adapter = ZImage.load(str(base), ZImage.Config(), revision=None, dtype=torch.float32, device="cpu")
     lora.attach({"transformer": adapter.pipe.transformer}, rank=2, targets=adapter.lora_targets)
     load = ZImage.load
-    adapter.pipe.to = lambda where: moves.append(f"to {where}")
+
+    @contextmanager
+    def aside(pipeline):
+        assert pipeline is adapter
+        moves.append("aside")
+        yield
+        moves.append("back")
+
+    monkeypatch.setattr(offload, "aside", aside)
     monkeypatch.setattr(ZImage, "load", lambda *given, **named: moves.append("load") or load(*given, **named))
     export.lora(adapter, ["transformer"], folder, {"name": "test", "step": "3"}, base=str(base))
-    assert moves == ["to cpu", "load", "to cpu"], "aside, the other one, and back to where it was"
+    assert moves == ["aside", "load", "back"]

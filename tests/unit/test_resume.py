@@ -59,6 +59,10 @@ def recipes(root: Path) -> dict[str, Any]:
             "rewards": [{"name": "redness"}, {"name": "redness", "weight": 0.5, "ceiling": 0.1}], "balance": "gradient",
             "regularise": {"velocity": 0.5, "sft": {"manifest": str(root / "manifest.jsonl"), "weight": 0.1}},
         },
+        "draft-bf16": {
+            **direct, "gradient": {"method": "draft", "last_steps": 2}, "train": {**train, "precision": "bf16"},
+            "pipeline": {"model": str(root / "pipeline"), "dtype": "bfloat16", "offload": True, "decode": "sliced"},
+        },
         "refl": {**direct, "gradient": {"method": "refl", "earliest": 0.3}},
         **{
             name: {**direct, "rollout": {"steps": 4, "guidance": "off"}, "gradient": {"method": name}}
@@ -103,7 +107,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     return {world: json.loads((root / f"result-{world}-0.json").read_text()) for world in (1, 2)}
 
 
-CASES = ["sft-lora-bf16", "sft-full", "draft", "refl", "draft_lv", "alignprop", "drtune", "direct_align",
+CASES = ["sft-lora-bf16", "sft-full", "draft", "draft-bf16", "refl", "draft_lv", "alignprop", "drtune", "direct_align",
          "flowbp_sparse", "reward-sft", "reward-gdso", "reward-gdso-two-updates",
          "reward-risd", "reward-dance-pairs", "reward-opd"]  # fmt: skip
 

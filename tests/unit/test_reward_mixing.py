@@ -6,7 +6,11 @@ import pytest
 import torch
 from test_direct_reward import Redness, build
 
+from rewardtune.build import build_term
+from rewardtune.errors import RecipeError
 from rewardtune.plugins import RewardCard
+from rewardtune.recipe.file import load_recipe
+from rewardtune.scoring.mixing import Mixing
 from rewardtune.scoring.reward_set import Relative, RewardSet, Term
 from rewardtune.types import Score
 
@@ -109,3 +113,131 @@ def test_sft_beside_the_reward_adds_its_weighted_loss(tmp_path):
     mixed, metrics = slope(task)
     assert metrics["sft_loss"] == pytest.approx(float(loss))
     assert (mixed - plain - 0.25 * extra).norm() <= 1e-5 * mixed.norm()
+
+
+class Smooth:
+    """A curved reward of each image alone, and how many images it saw at once."""
+
+    def __init__(self, name: str, channel: int, higher: bool = True) -> None:
+        self.card = RewardCard(
+            name, "a channel", differentiable=True, needs_prompt=False, range=None, scale=2.0, higher_is_better=higher
+        )
+        self.channel, self.seen = channel, []
+
+    def score(self, images, prompts):
+        self.seen.append(len(images))
+        value = (3 * images[:, self.channel]).sin().mean((1, 2))
+        return Score(value, parts={"twice": 2 * value})
+
+
+def pictures(count: int = 5) -> torch.Tensor:
+    return torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(3))
+
+
+MIXINGS = {
+    "sum": lambda u: u.sum(0),
+    "min": lambda u: u.amin(0),
+    "soft-min": lambda u: -0.2 * (-u / 0.2).exp().mean(0).log(),
+}
+
+
+@pytest.mark.parametrize("kind", MIXINGS)
+def test_values_are_mixed_by_their_formula_and_so_are_gradients(kind):
+    red, blue = Smooth("red", 0), Smooth("blue", 2, higher=False)
+    images, prompts = pictures().requires_grad_(True), [""] * 5
+    values = [reward.score(images, prompts).value for reward in (red, blue)]
+    middle = [float(value.mean()) for value in values]
+    terms = [Term(red, 2.0, offset=middle[0]), Term(blue, 1.0, offset=middle[1], batch_size=2)]
+    rewards = RewardSet(terms, Mixing(kind, 0.2))
+    u = torch.stack([2.0 * (values[0] - middle[0]) / 2, -(values[1] - middle[1]) / 2])
+    wanted = MIXINGS[kind](u)
+    weights = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0])
+    (slope,) = torch.autograd.grad((weights * wanted).mean(), images)
+    assert len({int(i) for i in u.argmin(0)}) == 2, "both are the smallest somewhere"
+    value, _ = rewards.score(images.detach(), prompts)
+    assert torch.allclose(value, wanted, atol=1e-6)
+    gradient, value, metrics = rewards.gradient(images, prompts, weights, balance="value")
+    assert torch.allclose(value, wanted, atol=1e-6)
+    assert torch.allclose(gradient, slope, atol=1e-7)
+    assert {"reward/red", "reward/blue"} <= set(metrics)
+
+
+def test_soft_min_lies_between_the_smallest_and_the_mean():
+    u = [torch.tensor([0.0, 1.0]), torch.tensor([0.4, 1.0])]
+    assert torch.allclose(Mixing("soft-min", 1e-3).value(u), torch.tensor([0.0, 1.0]), atol=1e-3)
+    assert torch.allclose(Mixing("soft-min", 1e3).value(u), torch.tensor([0.2, 1.0]), atol=1e-3)
+    assert torch.allclose(sum(Mixing("soft-min", 0.3).shares(u)), torch.ones(2))
+
+
+@pytest.mark.parametrize("relative", [None, Relative("bright", "dim", k=0.5)])
+def test_groups_have_the_same_values_metrics_and_gradients(relative):
+    images, prompts = pictures().requires_grad_(True), [str(i) * i for i in range(5)]
+    inner = Wordy() if relative else Smooth("red", 0)
+    found = []
+    for size in (None, 2, 5, 1):
+        value, metrics = RewardSet([Term(inner, 0.7, relative=relative, batch_size=size)]).score(images, prompts)
+        (slope,) = torch.autograd.grad((value * torch.arange(5)).sum(), images)
+        found.append((value.detach(), slope, metrics))
+    for value, slope, metrics in found[1:]:
+        assert torch.allclose(value, found[0][0], atol=1e-6)
+        assert torch.allclose(slope, found[0][1], atol=1e-6)
+        assert metrics == pytest.approx(found[0][2], rel=1e-5)
+    if relative is None:
+        assert inner.seen == [5, 2, 2, 1, 5, 1, 1, 1, 1, 1]
+
+
+def test_groups_hold_one_graph_at_a_time():
+    held: list[int] = []
+
+    class Counting:
+        card = Smooth("red", 0).card
+
+        def score(self, images, prompts):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(1) or t, lambda t: t):
+                value = Score(images.pow(2).mean((1, 2, 3)))
+            return value
+
+    images = pictures().requires_grad_(True)
+    value, _ = RewardSet([Term(Counting(), batch_size=1)]).score(images, [""] * 5)
+    nodes, todo = 0, [value.grad_fn]
+    while todo:
+        node = todo.pop()
+        nodes += 1
+        todo += [after for after, _ in node.next_functions if after is not None]
+    assert len(held) >= 5 and nodes < 8, "what is left is the groups' own node, not the five graphs"
+
+
+def test_groups_work_without_a_graph():
+    inner = Smooth("red", 0)
+    with torch.no_grad():
+        value, _ = RewardSet([Term(inner, batch_size=2)]).score(pictures(), [""] * 5)
+    assert not value.requires_grad and inner.seen == [2, 2, 1]
+
+
+RECIPE = "pocket/zreward"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["mixing.kind=min"], "there is one"),
+        (
+            ['rewards=[{"name": "zreward"}, {"name": "zreward"}]', "mixing.kind=min", "balance=gradient"],
+            "leave one out",
+        ),
+        (['rewards=[{"name": "zreward", "weight": -1}, {"name": "zreward"}]', "mixing.kind=min"], "above 0"),
+        (["mixing.kind=soft-min", "mixing.temperature=0"], "temperature"),
+        (["mixing.kind=max"], "mixing"),
+    ],
+)
+def test_mixings_that_mean_nothing_are_refused(overrides, told):
+    with pytest.raises(RecipeError, match=told):
+        load_recipe(RECIPE, overrides)
+
+
+def test_a_recipe_mixes_by_soft_min_in_groups():
+    rewards = '[{"name": "zreward", "offset": 3, "batch_size": 2}, {"name": "zreward", "weight": 2, "batch_size": 1}]'
+    recipe = load_recipe(RECIPE, [f"rewards={rewards}", "mixing.kind=soft-min", "mixing.temperature=0.3"]).recipe
+    terms = [build_term(section, device="cpu") for section in recipe.rewards]
+    assert [(term.offset, term.batch_size) for term in terms] == [(3.0, 2), (0.0, 1)]
+    assert Mixing(**recipe.mixing.model_dump()) == Mixing("soft-min", 0.3)

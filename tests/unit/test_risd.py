@@ -134,6 +134,25 @@ def test_the_controls_match_the_mean_or_add_labels(student: Path, teacher: Path,
     torch.testing.assert_close(beside, alone + 0.5 * supervised, atol=1e-5, rtol=1e-4)
 
 
+def test_the_student_sees_moved_and_noisy_views_of_what_the_teacher_judged(
+    student: Path, teacher: Path, tmp_path: Path
+):
+    images, cache = write_images(tmp_path, 4), str(tmp_path / "cache")
+    plain = risd(student, teacher, images, cache=cache).batch(0, [0, 1])
+    noisy = risd(student, teacher, images, objective={"noise": 0.2}, cache=cache)
+    seen, later = noisy.batch(0, [0, 1]), noisy.batch(0, [4, 5])  # 4 and 5 are another visit
+    assert torch.equal(seen.teacher, plain.teacher)
+    off = [(view - image).std().item() for view, image in zip(seen.images, plain.images, strict=True)]
+    assert all(0 < x < 0.2 for x in off) and off[0] != off[1]
+    assert all(torch.equal(a, b) for a, b in zip(seen.images, noisy.batch(0, [0, 1]).images, strict=True))
+    assert not any(torch.equal(a, b) for a in seen.images for b in later.images)
+    (moved,) = risd(student, teacher, images, objective={"shift": 0.1}, cache=cache).batch(0, [0]).images
+    reach = round(0.1 * moved.shape[-1])
+    border = torch.nn.functional.pad(plain.images[0], (reach,) * 4, mode="replicate")
+    windows = border.unfold(1, moved.shape[1], 1).unfold(2, moved.shape[2], 1).movedim(0, 2).flatten(0, 1)
+    assert any(torch.equal(moved, window) for window in windows)
+
+
 def test_labels_that_are_not_there_cannot_be_used(student: Path, teacher: Path, tmp_path: Path):
     with pytest.raises(DataError, match=r"Leave objective\.labels out"):
         risd(student, teacher, write_images(tmp_path, 2), traces=0, objective={"labels": 1.0})

@@ -105,13 +105,32 @@ def test_muon_turns_the_matrices_of_blocks_and_leaves_the_rest_to_adamw() -> Non
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("kind", ["Muon", "AdamW", "SGD", "Adagrad", "RMSprop", "Adamax"])
+class Wrapped(torch.optim.AdamW):
+    """Keeps its tensors in a mapping inside each parameter's state, as bitsandbytes 0.50 does."""
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        inner = {i: {k: v for k, v in s.items() if k != "step"} for i, s in state["state"].items()}
+        return {**state, "state": {i: {"step": s["step"], "__inner__": inner[i]} for i, s in state["state"].items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state = {i: {"step": s["step"], **s["__inner__"]} for i, s in state_dict["state"].items()}
+        super().load_state_dict({**state_dict, "state": state})
+
+
+@pytest.mark.parametrize("kind", ["Muon", "AdamW", "SGD", "Adagrad", "RMSprop", "Adamax", "wrapped", "adamw8bit"])
 def test_the_state_of_any_optimiser_survives_json(kind: str) -> None:
     import json
 
     def make() -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
         torch.manual_seed(0)
         weights = [nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2, 2))]
+        if kind == "wrapped":
+            return weights, Wrapped(weights, lr=0.01)
+        if kind == "adamw8bit":
+            pytest.importorskip("bitsandbytes")
+            weights.append(nn.Parameter(torch.randn(64, 128)))  # smaller ones stay in 32 bits
+            return weights, optim.build(dict(zip("abc", weights, strict=True)), name="adamw8bit", **SETTINGS)
         options = {"AdamW": {"amsgrad": True}, "SGD": {"momentum": 0.9}}.get(kind, {})
         if kind == "Muon":
             names = ("layers.0.norm.weight", "layers.0.linear.weight")

@@ -1,12 +1,14 @@
 """Many requests at once to one HTTP server: time limits, bounded retries, and errors that say what to do.
 
-Knows nothing of models. `server.py` asks a teacher for judgements through it, `remote_rollouts.py` for traces.
+Knows nothing of models. `scorer/server.py` asks a teacher for judgements through it, `scorer/remote_rollouts.py` for
+traces, `client.py` a reward for scores and gradients.
 """
 
 from __future__ import annotations
 
 import email.utils
 import http.client
+import ipaddress
 import json
 import math
 import os
@@ -18,7 +20,8 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
@@ -34,8 +37,13 @@ LONGEST_PAUSE = 30.0
 LONGEST_RETRY_AFTER = 60.0
 LARGEST_ANSWER = 16 * 2**20
 """Bytes; a trace of 100,000 tokens is below one megabyte, and below ten with ids and log-probabilities."""
+MESSAGE = 600
+"""Characters kept of what a server says."""
 ADDRESS = "give http://host:port/v1 or https://host/v1, without user or password"
 """What `is_address` asks for."""
+NO_KEY = (
+    "It is named by key_variable: put the server's key into it, or leave key_variable out for a server without keys."
+)
 
 
 @dataclass(frozen=True)
@@ -58,42 +66,84 @@ class Dropped(Exception):
 
 
 class Refused(Exception):
-    """The server understood and said no (4xx but 408 and 429): a mistake of the recipe, which the caller explains."""
+    """The server understood and said no (4xx but 408 and 429): a mistake of the recipe, which the caller explains.
 
-    def __init__(self, status: int, said: str) -> None:
+    kind: the `type` of an error that has one, else empty.
+    """
+
+    def __init__(self, status: int, said: str, kind: str = "") -> None:
         super().__init__(f"{status}: {said}")
-        self.status, self.said = status, said
+        self.status, self.said, self.kind = status, said, kind
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a server wants to see before it answers, and where it was read."""
+
+    secret: str = field(repr=False)
+    source: str
+
+
+def key_from_environment(variable: str | None, *, remedy: str = NO_KEY) -> Key | None:
+    """The key in an environment variable, None where none is named.
+
+    Raises RecipeError, with the remedy, when the variable holds no key.
+    """
+    if variable is None:
+        return None
+    secret = os.environ.get(variable, "").strip()
+    if not _is_key(secret):
+        raise RecipeError(f"the environment variable {variable} is {'no key' if secret else 'not set'}. {remedy}")
+    return Key(secret, f"the environment variable {variable}")
+
+
+def key_from_file(file: str | Path) -> Key:
+    """The key that is a file's only text. Raises RecipeError when it cannot be read or is none."""
+    path = Path(file).expanduser()
+    try:
+        secret = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: the key cannot be read from it ({error}).") from None
+    if not _is_key(secret):
+        raise RecipeError(f"{path}: the file must hold one key and nothing else.")
+    return Key(secret, f"the file {path}")
 
 
 class Connection:
     """What the threads of one call share.
 
-    url: up to and including `/v1`. key_variable: name of the environment variable that holds the key, None for a
-    server without one. timeout: seconds for one request. retries: further attempts after a failed one. sleep: waits
-    the given seconds. Raises RecipeError when the key is missing.
+    base: what addresses start with. key: None for a server without one. timeout: seconds for one request. retries:
+    further attempts after a failed one. sleep: waits the given seconds.
     """
 
     def __init__(
-        self, url: str, *, key_variable: str | None, timeout: float, retries: int, sleep: Callable[[float], None]
+        self, base: str, *, key: Key | None, timeout: float, retries: int, sleep: Callable[[float], None]
     ) -> None:
-        self.base, self.key_variable = base(url), key_variable
+        self.base, self.key = base, key
         self.timeout, self.retries, self.sleep = timeout, retries, sleep
         self.stopped = threading.Event()
-        secret = _key(key_variable)
-        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {secret}"} if secret else {})
-        self.opener = urllib.request.build_opener(_NoRedirect)
+        self.headers = {"Authorization": f"Bearer {key.secret}"} if key else {}
+        # no proxy stands before this machine's own servers, whatever http_proxy says: it would see the key
+        direct = [urllib.request.ProxyHandler({})] if is_loopback(urlsplit(base).hostname or "") else []
+        self.opener = urllib.request.build_opener(_NoRedirect, *direct)
 
-    def ask(self, url: str, body: dict[str, Any], read: Callable[[bytes], T], *, seed: int, step: str) -> T:
-        """What `read` makes of the answer; a Fault that it raises is tried again. seed, step: name the pauses' jitter.
+    def ask(
+        self, url: str, body: dict[str, Any] | bytes | None, read: Callable[[bytes], T], *, seed: int, step: str,
+        largest: int = LARGEST_ANSWER,
+    ) -> T:  # fmt: skip
+        """What `read` makes of the answer; a Fault that it raises is tried again.
 
-        Raises Dropped after the last attempt, Refused, and RecipeError for what no request to this server survives.
+        body: sent as JSON, or as it is; None asks without one (GET). seed, step: name the pauses' jitter. largest: most
+        bytes of an answer. Raises Dropped after the last attempt, Refused, and RecipeError for what no request to this
+        server survives.
         """
-        data, attempt = json.dumps(body).encode(), 0
+        data, attempt = json.dumps(body).encode() if isinstance(body, dict) else body, 0
+        kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
         while True:
             if self.stopped.is_set():
                 raise Dropped("the call was given up")
             try:
-                return read(self._post(url, data))
+                return read(self._post(url, data, kind, largest))
             except Fault as fault:
                 if attempt == self.retries:
                     raise Dropped(str(fault)) from None
@@ -105,23 +155,23 @@ class Connection:
     def models(self) -> list[str] | None:
         """Names that the server says it serves; None where it does not say."""
         try:
-            return [str(model["id"]) for model in json.loads(self._send(f"{self.base}/models"))["data"]]
+            found = json.loads(self._send(f"{self.base}/models", None, "application/json", LARGEST_ANSWER))
+            return [str(model["id"]) for model in found["data"]]
         except (Fault, OSError, http.client.HTTPException, ValueError, TypeError, KeyError):
             return None
 
     def no_access(self, refused: Refused) -> RecipeError:
         """The error for a refusal with 401 or 403."""
-        variable = self.key_variable
         hint = (
-            f"The key was read from the environment variable {variable}; put a valid one there."
-            if variable
+            f"The key was read from {self.key.source}; put a valid one there."
+            if self.key
             else "Put the key into an environment variable and give the variable's name as key_variable."
         )
         return RecipeError(f"{self.base} refuses access ({refused}). {hint}")
 
-    def _post(self, url: str, data: bytes) -> bytes:
+    def _post(self, url: str, data: bytes | None, kind: str, largest: int) -> bytes:
         try:
-            return self._send(url, data)
+            return self._send(url, data, kind, largest)
         except urllib.error.HTTPError as error:
             self._refused(error)
         except ssl.SSLCertVerificationError as error:
@@ -134,18 +184,18 @@ class Connection:
         except (OSError, http.client.HTTPException) as error:
             raise Fault(f"the connection failed ({str(error) or type(error).__name__})") from None
 
-    def _send(self, url: str, data: bytes | None = None) -> bytes:
+    def _send(self, url: str, data: bytes | None, kind: str, largest: int) -> bytes:
         """The body of the answer. The time limit covers all of it: a server may also send it by drops."""
         end = time.monotonic() + self.timeout
-        request = urllib.request.Request(url, data=data, headers=self.headers)
+        request = urllib.request.Request(url, data=data, headers={"Content-Type": kind, **self.headers})
         try:
             with self.opener.open(request, timeout=self.timeout) as answer:
                 parts, size = [], 0
                 while part := answer.read1(2**16):
                     parts.append(part)
                     size += len(part)
-                    if size > LARGEST_ANSWER:
-                        raise Fault(f"the answer is longer than {LARGEST_ANSWER} bytes")
+                    if size > largest:
+                        raise Fault(f"the answer is longer than {largest} bytes")
                     if time.monotonic() > end:
                         raise TimeoutError
                 return b"".join(parts)
@@ -157,7 +207,7 @@ class Connection:
 
     def _refused(self, error: urllib.error.HTTPError) -> NoReturn:
         with error:
-            said = _said(error)
+            said, kind = _said(error)
         status = error.code
         if status in (408, 429) or status >= 500:
             raise Fault(f"the server answered {status}: {said}", _retry_after(error.headers.get("Retry-After")))
@@ -165,7 +215,7 @@ class Connection:
             raise RecipeError(
                 f"{self.base} redirects to {error.headers.get('Location')}; give the address itself as url."
             )
-        raise Refused(status, said)
+        raise Refused(status, said, kind)
 
 
 def ask_all(
@@ -233,7 +283,7 @@ def ask_all(
 
 
 def base(url: str) -> str:
-    """The url with one `/v1` at its end."""
+    """The address of an OpenAI-compatible server with one `/v1` at its end."""
     start = url.rstrip("/").removesuffix("/chat/completions")
     return start if start.endswith("/v1") else f"{start}/v1"
 
@@ -248,6 +298,14 @@ def is_address(url: str) -> bool:
     # a password in a url would end up in logs
     whole = parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
     return whole and not (parts.query or parts.fragment) and url.isascii() and not any(c.isspace() for c in url)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or number is this machine, seen from itself."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def json_object(raw: bytes) -> dict[str, Any]:
@@ -275,19 +333,21 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _said(error: IO[bytes]) -> str:
-    """The server's message: vLLM's and OpenAI's `error.message`, older vLLM's `message`, FastAPI's `detail`."""
+def _said(error: IO[bytes]) -> tuple[str, str]:
+    """The server's message and its type: vLLM's, OpenAI's and our `error`, older vLLM's `message`, FastAPI's
+    `detail`."""
     try:
         text = error.read(2**16).decode(errors="replace")
     except (OSError, http.client.HTTPException):
-        return "no message"
+        return "no message", ""
+    kind = ""
     try:
         document = json.loads(text)
         inner = document.get("error", document)
-        text = str(inner.get("message") or inner.get("detail") or text)
+        text, kind = str(inner.get("message") or inner.get("detail") or text), str(inner.get("type") or "")
     except (ValueError, AttributeError, RecursionError):
         pass
-    return " ".join(text.split())[:300] or "no message"
+    return " ".join(text.split())[:MESSAGE] or "no message", kind
 
 
 def _retry_after(value: str | None) -> float:
@@ -302,14 +362,6 @@ def _retry_after(value: str | None) -> float:
     return max(0.0, seconds) if math.isfinite(seconds) else 0.0
 
 
-def _key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    found = os.environ.get(variable, "").strip()
+def _is_key(secret: str) -> bool:
     # what is not printable ASCII cannot stand in a header, and http.client's message would show the key
-    if not found or not found.isascii() or not found.isprintable():
-        raise RecipeError(
-            f"the environment variable {variable}, named by key_variable, is {'not set' if not found else 'no key'}. "
-            "Put the server's key into it, or leave key_variable out for a server without keys."
-        )
-    return found
+    return bool(secret) and secret.isascii() and secret.isprintable()

@@ -1,0 +1,160 @@
+"""The ways to take the reward gradient, at equal seconds on the pocket pipeline, five seeds: methods.{json,md,png}.
+
+    python dev/bench/methods.py          # trainings one after another on all cores, then comparisons; resumes
+
+Each method is first timed for a few steps, and then given the optimiser steps that fit into `--seconds` of training.
+Everything else is the demo's recipe: adapters, views, rates (Muon, whose updates have the same size whatever the
+gradient's norm, so that one rate serves all), rewards, prompts. Judged by `pocket-oracle` on held-out prompts against
+the SFT start. Needs matplotlib (`pip install -e '.[table]'`) for the picture. Finished parts are kept in build/methods.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rewardtune.training.track import read_metrics
+
+BUILD = Path("build/methods")
+METHODS = {
+    "refl": "{method: refl, earliest: 0.5}",
+    "refl-any": "{method: refl, earliest: 0.0}",
+    "draft-1": "{method: draft, last_steps: 1, memory: fast}",
+    "draft-2": "{method: draft, last_steps: 2, memory: fast}",
+    "draft-all": "{method: draft, last_steps: all, memory: fast}",
+    "draft-lv": "{method: draft_lv, memory: fast}",
+    "alignprop": "{method: alignprop, memory: fast}",
+    "drtune": "{method: drtune, memory: fast}",
+    "direct-align": "{method: direct_align}",
+    "flowbp-sparse": "{method: flowbp_sparse, active_steps: 3, memory: fast}",
+}
+"""Name -> `gradient:` of the recipe, whose roll-outs have four steps."""
+TIMED, WARM = 8, 3
+SEEDS = 5
+
+
+def rewardtune(*command: str) -> None:
+    subprocess.run([sys.executable, "-m", "rewardtune", *command], check=True)
+
+
+def train(method: str, seed: int, steps: int, out: Path) -> Path:
+    """A finished run of so many steps."""
+    if not (out / "finished.json").exists():
+        rewardtune("train", "pocket/zreward", f"gradient={METHODS[method]}", f"train.steps={steps}",
+                   f"train.seed={seed}", "samples.every=100000", "--out", str(out))  # fmt: skip
+    return out
+
+
+def seconds(run: Path) -> list[float]:
+    return [float(line["seconds"]) for line in read_metrics(run / "metrics.jsonl")]
+
+
+def steps_of(budget: float) -> dict[str, int]:
+    """Optimiser steps of each method in `budget` seconds, by the median step of a short run."""
+    file = BUILD / f"steps-{budget:g}.json"
+    if not file.exists():
+        found = {m: statistics.median(seconds(train(m, 0, TIMED, BUILD / f"timed-{m}"))[WARM:]) for m in METHODS}
+        file.write_text(json.dumps({method: max(1, round(budget / took)) for method, took in found.items()}))
+    return dict(json.loads(file.read_text()))
+
+
+def rows_of(document: dict[str, Any], runs: dict[str, Path], seed: int) -> list[dict[str, Any]]:
+    """A row a method: what the judge says of it against the start, and how long it took."""
+    out = []
+    for method, run in runs.items():
+        side = run.name
+        pair = next(p for p in document["pairs"] if (p["a"], p["b"]) == (side, "base"))
+        took = seconds(run)
+        judge = document["rewards"][side]["pocket-oracle"]
+        out.append({
+            "method": method, "seed": seed, "steps": len(took), "seconds": sum(took), "net": pair["net"],
+            "net_ci95": pair["net_ci95"], "facts_net": pair["parts"]["facts"]["net"], "verdict_gain": judge["delta"],
+            "trained_gain": document["rewards"][side]["zreward"]["delta"],
+            "diversity_ratio": document["diversity_details"][side]["ratio"],
+        })  # fmt: skip
+    return out
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Methods by their mean verdict, with a t interval over seeds."""
+    from scipy.stats import t
+
+    out = []
+    for method in METHODS:
+        own = [row for row in rows if row["method"] == method]
+        line: dict[str, Any] = {"method": method, "seeds": len(own), "steps": own[0]["steps"]}
+        for key in ("seconds", "net", "facts_net", "verdict_gain", "trained_gain", "diversity_ratio"):
+            values = np.array([row[key] for row in own])
+            half = float(t.ppf(0.975, len(own) - 1) * values.std(ddof=1) / len(own) ** 0.5) if len(own) > 1 else None
+            line[key] = {"mean": float(values.mean()), "half_width": half}
+        out.append(line)
+    return sorted(out, key=lambda line: -line["verdict_gain"]["mean"])
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    def cell(entry: dict[str, Any], form: str) -> str:
+        half = "" if entry["half_width"] is None else f" ± {format(entry['half_width'], form.lstrip('+'))}"
+        return format(entry["mean"], form) + half
+
+    out = ["| method | steps | seconds | verdict over the start | net | net on facts | trained reward | diversity |",
+           "|" + " --- |" * 8]  # fmt: skip
+    for line in lines:
+        out.append(
+            f"| {line['method']} | {line['steps']} | {line['seconds']['mean']:.0f} | "
+            f"{cell(line['verdict_gain'], '+.3f')} | {cell(line['net'], '+.2f')} | {cell(line['facts_net'], '+.2f')} | "
+            f"{cell(line['trained_gain'], '+.2f')} | {line['diversity_ratio']['mean']:.0%} |"
+        )
+    return "\n".join(out)
+
+
+def draw(lines: list[dict[str, Any]], file: Path) -> None:
+    """Held-out gain against trained gain, a point a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for line in lines:
+        x, y = line["trained_gain"], line["verdict_gain"]
+        axes.errorbar(x["mean"], y["mean"], xerr=x["half_width"], yerr=y["half_width"], fmt="o", capsize=2)
+        axes.annotate(line["method"], (x["mean"], y["mean"]), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    axes.axhline(0, color="0.7", linewidth=0.8)
+    axes.set_xlabel("gain of the trained reward")
+    axes.set_ylabel("gain of the held-out judge's verdict")
+    figure.savefig(file, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=150.0, help="training time of each run")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    args = parser.parse_args()
+    BUILD.mkdir(parents=True, exist_ok=True)
+    steps = steps_of(args.seconds)
+    rows: list[dict[str, Any]] = []
+    for seed in range(args.seeds):
+        runs = {m: train(m, seed, steps[m], BUILD / f"{m}-{seed}") for m in METHODS}
+        report = BUILD / f"compare-{seed}"
+        if not (report / "compare.json").exists():
+            rewardtune("compare", "base", *map(str, runs.values()), "--out", str(report))
+        rows += rows_of(json.loads((report / "compare.json").read_text()), runs, seed)
+    lines = summary(rows)
+    here = Path(__file__)
+    document = {"what": "methods at equal seconds of training, pocket pipeline, judged by pocket-oracle",
+                "seconds": args.seconds, "seeds": args.seeds, "methods": lines, "rows": rows}  # fmt: skip
+    here.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    here.with_suffix(".md").write_text(table(lines) + "\n")
+    draw(lines, here.with_suffix(".png"))
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()

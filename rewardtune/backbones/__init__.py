@@ -1,0 +1,1 @@
+"""Frozen networks that several rewards stand on, differentiable in the pixels, and the way pixels reach them."""

@@ -1,0 +1,138 @@
+"""CLIP's two towers as rewards need them: image features with gradient in the pixels, text features kept per prompt."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rewardtune.backbones.pixels import CLIP_MEAN, CLIP_STD, as_bytes, normalise, shorter_side
+from rewardtune.backbones.weights import check_keys
+from rewardtune.errors import RecipeError
+
+KEPT = 20_000
+"""Ours: prompts whose text features are kept, 80 MB of them at a width of 1024."""
+
+
+class Clip:
+    """transformers' `CLIPModel`, frozen, with its tokenizer.
+
+    fit: (B, 3, H, W), size -> (B, 3, size, size), how a picture is brought to the tower's size. after: what is done to
+    the resized pixels, which overshoot [0, 1] at edges; Pillow cuts that off.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        fit: Callable[[Tensor, int], Tensor] = shorter_side,
+        after: Literal["clamp", "bytes", "nothing"] = "clamp",
+    ) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer, self.fit, self.after = tokenizer, fit, after
+        self._texts: OrderedDict[str, Tensor] = OrderedDict()
+
+    @property
+    def resolution(self) -> int:
+        """Pixels a side of what the vision tower sees."""
+        size: int = self.model.config.vision_config.image_size
+        return size
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> (B, 3, size, size), normalised, float32."""
+        seen = self.fit(images.float(), self.resolution)
+        if self.after != "nothing":
+            seen = as_bytes(seen) if self.after == "bytes" else seen.clamp(0, 1)
+        return normalise(seen, CLIP_MEAN, CLIP_STD)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """(B, D) float32 of unit length, with graph where the images have one."""
+        pixels = self.pixels(images).to(self.model.visual_projection.weight.dtype)
+        return functional.normalize(_embedding(self.model.get_image_features(pixel_values=pixels)).float(), dim=-1)
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """(B, D) float32 of unit length, without graph.
+
+        Each prompt goes through the tower alone and at its own length, so that its features are the same bit for bit
+        whatever came with it; the tower is causal and reads the end token, so padding would change nothing but time.
+        What exceeds its 77 tokens is cut off.
+        """
+        return torch.stack([self._text(str(prompt)) for prompt in prompts])
+
+    def similarity(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,) cosine of each image and its prompt, float32 in [-1, 1]."""
+        return (self.image_features(images) * self.text_features(prompts)).sum(-1)
+
+    @torch.no_grad()
+    def _text(self, prompt: str) -> Tensor:
+        if prompt in self._texts:
+            self._texts.move_to_end(prompt)
+            return self._texts[prompt]
+        longest = self.model.config.text_config.max_position_embeddings
+        ids = self.tokenizer(prompt, truncation=True, max_length=longest, return_tensors="pt").input_ids
+        found = _embedding(self.model.get_text_features(input_ids=ids.to(self.model.text_projection.weight.device)))
+        self._texts[prompt] = functional.normalize(found[0].float(), dim=-1)
+        if len(self._texts) > KEPT:
+            self._texts.popitem(last=False)
+        return self._texts[prompt]
+
+
+def _embedding(out: Any) -> Tensor:
+    """What `get_*_features` returns: a tensor before transformers 5, an output with `pooler_output` since."""
+    found: Tensor = getattr(out, "pooler_output", out)
+    return found
+
+
+def load_model(reference: str, *, revision: str | None, dtype: str, device: str | torch.device, reward: str) -> Any:
+    """A `CLIPModel` from a folder or a hub id, from safetensors. Raises RecipeError when it is none, or not whole."""
+    from transformers import AutoConfig, CLIPModel
+
+    where = f"reward {reward!r}: model {reference!r}"
+    try:
+        config = AutoConfig.from_pretrained(reference, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(
+            f"{where} does not load: {_short(error)} Give a folder with config.json, or a hub id."
+        ) from error
+    if config.model_type != "clip":
+        raise RecipeError(f"{where} is a {config.model_type} model; this reward stands on CLIP's.")
+    try:
+        loaded: Any = CLIPModel.from_pretrained(
+            reference, revision=revision or "main", dtype=getattr(torch, dtype), use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # huggingface_hub, safetensors and transformers each raise their own
+        raise RecipeError(
+            f"{where}: its weights do not load: {_short(error)} The file is missing, damaged or of another model; "
+            "fetch it again, or give a folder with config.json and model.safetensors."
+        ) from error
+    model, report = loaded
+    over = {name for name in report["unexpected_keys"] if not name.endswith("position_ids")}
+    found = {
+        name: tuple(value.shape) for name, value in model.state_dict().items() if name not in report["missing_keys"]
+    }
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    check_keys(wanted, found | dict.fromkeys(over, ()), reward=reward, source=f"model {reference!r}")
+    return model.to(device)
+
+
+def load_tokenizer(reference: str, *, revision: str | None, reward: str) -> Any:
+    """CLIP's tokenizer from a folder or a hub id. Raises RecipeError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(reference, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(
+            f"reward {reward!r}: tokenizer {reference!r} does not load: {_short(error)} Give a folder with "
+            "tokenizer.json, or a hub id."
+        ) from error
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,41 @@
+"""What a side's guard saw while it was trained, and which step it chose: for `compare.json` and the page."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rewardtune.compare.sides import Side
+from rewardtune.guard.guard import FOLDER, read_looks
+from rewardtune.guard.verdict import rule_of, verdict
+from rewardtune.training.run_folder import FINISHED
+
+
+def guard_curve(side: Side) -> dict[str, Any] | None:
+    """One entry a look: `step`, held-out `score` in standard deviations of the start's images, `trained` (the trained
+    objective on the same images, or None), `diversity` as a share of the start's, `drift`; and what was chosen.
+
+    None for a side whose run had no guard, or did not keep what it saw.
+    """
+    if side.run is None or side.recipe is None or side.recipe.guard is None:
+        return None
+    looks = read_looks(side.run / FOLDER)
+    if not looks:
+        return None
+    found = verdict(looks, rule_of(side.recipe.guard))
+    try:
+        outcome = json.loads((side.run / FINISHED).read_text(encoding="utf-8"))["guard"]
+    except (OSError, ValueError, KeyError):
+        outcome = {}
+    first = looks[0].diversity or 1.0
+    return {
+        "rewards": [reward.name for reward in side.recipe.guard.rewards],
+        "looks": [
+            {"step": look.step, "score": score, "trained": look.trained, "diversity": look.diversity / first,
+             "drift": look.drift}
+            for look, score in zip(looks, found.scores, strict=True)
+        ],
+        "action": side.recipe.guard.action,
+        "exported_step": outcome.get("exported_step", looks[-1].step),
+        "reasons": outcome.get("reasons", list(found.reasons)),
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""One reward a file; see backend.py."""
