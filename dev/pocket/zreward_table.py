@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +122,9 @@ class Table:
     def done(self, job: Job) -> bool:
         return (self.results / f"{job.name}.json").exists()
 
+    def trained(self, job: Job) -> bool:
+        return (self.runs / job.name / "export").exists()
+
     def work(self, job: Job) -> None:
         """Train where needed and test, on one core of its own: two threads on a core pair are slower than one each."""
         core = self.cores.get()
@@ -130,6 +133,8 @@ class Table:
             if job.row.recipe is not None:
                 self._train(job, core)
                 scorer = str(self.runs / job.name / "export")
+            if self.done(job):  # its row came with the repository, its weights did not
+                return
             self._call(core, sys.executable, __file__, "test", scorer, str(self.results / job.name),
                        "--reasoning", str(job.row.reasoning), "--share", str(self.share),
                        log=self.runs / f"{job.name}.test.log")  # fmt: skip
@@ -179,11 +184,14 @@ def _steps(recipe: str) -> int:
 def run(table: Table, jobs: Sequence[Job]) -> None:
     """All jobs, two at a time, a student when its teacher is ready."""
     waiting = [job for job in jobs if not table.done(job)]
+    of = {(job.row.of, job.seed) for job in waiting}
+    teachers = [Job(row, seed) for row in rows() for seed in range(row.seeds) if (row.name, seed) in of]
+    waiting = [job for job in teachers if job not in waiting and not table.trained(job)] + waiting
     running: dict[Future[None], Job] = {}
     started = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
         while waiting or running:
-            ready = [j for j in waiting if len(running) < 2 and _ready(table, j, jobs)]
+            ready = [j for j in waiting if len(running) < 2 and _ready(j, waiting, running.values())]
             for job in ready[: 2 - len(running)]:
                 waiting.remove(job)
                 running[pool.submit(table.work, job)] = job
@@ -194,11 +202,12 @@ def run(table: Table, jobs: Sequence[Job]) -> None:
                 print(f"{minutes:5.0f} min  {job.name} done, {len(waiting) + len(running)} left", flush=True)
 
 
-def _ready(table: Table, job: Job, jobs: Sequence[Job]) -> bool:
+def _ready(job: Job, *unfinished: Iterable[Job]) -> bool:
+    """Whether a job's teacher, if it has one, is trained."""
     if job.row.of is None:
         return True
-    teacher = next(j for j in jobs if j.row.name == job.row.of and j.seed == job.seed)
-    return table.done(teacher) and (table.runs / teacher.name / "export").exists()
+    teacher = (job.row.of, job.seed)
+    return teacher not in {(j.row.name, j.seed) for jobs in unfinished for j in jobs}
 
 
 def test(scorer: str, out: Path, *, reasoning: int, share: float) -> None:
