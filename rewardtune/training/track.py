@@ -170,7 +170,7 @@ class Progress:
         self.total = total
         self.every_seconds = every_seconds
         self._seconds: list[float] = []
-        self._said = 0.0
+        self._said = -float("inf")  # the clock may have begun a moment ago
         self._bar: Any = None
         if sys.stderr.isatty():
             from rich.console import Console

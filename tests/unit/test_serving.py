@@ -380,7 +380,7 @@ def malformed():
     yield "metadata of one", wire.pack({"images": images}, document | {"metadata": [{}]})
 
 
-@pytest.mark.parametrize(("name", "body"), malformed(), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(("name", "body"), list(malformed()), ids=lambda v: v if isinstance(v, str) else "")
 def test_bad_bodies_are_refused_with_a_reason(name, body):
     with serving(Toy()) as served:
         status, answer = _raw(served, "POST", "/score", body)
