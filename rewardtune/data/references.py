@@ -29,7 +29,10 @@ def resolve(reference: str) -> str:
 
 
 def pocket_path(reference: str) -> Path:
-    """The file or folder behind `pocket:<name>`: a model under weights/, or prompts/<split> under data/."""
+    """The file or folder behind `pocket:<name>`: a model under weights/, or prompts/<split> under data/.
+
+    Raises RecipeError for any other name.
+    """
     name = reference.removeprefix(PREFIX)
     root = Path(str(resources.files("rewardtune.pocket")))
     for candidate in (root / "weights" / name, root / "data" / name, root / "data" / f"{name}.jsonl"):
@@ -38,4 +41,7 @@ def pocket_path(reference: str) -> Path:
     known = sorted(p.name for p in (root / "weights").glob("*")) + sorted(
         f"prompts/{p.stem}" for p in (root / "data" / "prompts").glob("*.jsonl")
     )
-    raise RecipeError(f"{reference!r} does not ship with rewardtune; there are: {', '.join(known) or 'none'}.")
+    raise RecipeError(
+        f"{reference!r} does not ship with rewardtune; there are: {', '.join(known) or 'none'}. What upstream recipes "
+        "start from (pocket:teacher-base and others) comes with a checkout of the repository, not with the package."
+    )
