@@ -129,7 +129,8 @@ def test_it_keeps_the_contract():
     # Gradients reach each image and no other, no value depends on the rest of the batch, sizes, precision, odd prompts.
     # CHANGE: `prompts=` and `images=` where it needs metadata, or has nothing to say of smooth noise.
     checks = check_loaded("@NAME@", OPTIONS)
-    assert not [f"{check.name}: {check.found}" for check in checks if not check.passed]
+    failed = [f"{check.name}: {check.found}" for check in checks if not check.passed]
+    assert not failed, "\\n".join(failed)
 
 
 def test_a_value_by_hand():
