@@ -235,12 +235,13 @@ def _export(write: Writer, target: Path, provenance: dict[str, str]) -> None:
 
 def _run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any, run_id: str, allow: Sequence[str]) -> None:
     """Build, train, evaluate, export."""
+    from rewardtune.tasks.direct_reward import DirectReward
     from rewardtune.training import run_folder
 
     recipe = loaded.recipe
     with stop.leaving_at_once():
-        task: Any = _build(loaded, where)
-        if isinstance(recipe, DirectRewardRecipe):
+        task = _build(loaded, where)
+        if isinstance(task, DirectReward):
             cards = [term.reward.card for term in task.rewards.terms]
             _together(where, lambda: run_folder.record_rewards(folder, cards, allow=allow))
     trackers = None
