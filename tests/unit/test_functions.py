@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from redness import Redness
 
 from rewardtune import load_reward, register_reward_function, registry
@@ -139,3 +144,41 @@ def test_two_functions_of_one_name_clash_as_classes_do(made):
 
 def test_a_class_is_still_a_class():
     assert registry.rewards.load_class("redness") is Redness
+
+
+def test_the_commands_take_it_as_any_other(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import rewardtune as rt\n\n\n"
+        "@rt.register_reward_function('words-and-light', higher_is_better=False)\n"
+        "def judge(images, prompts):\n"
+        "    'Length of the prompt, and the light.'\n"
+        "    return [len(p) + float(i.mean()) for i, p in zip(images, prompts)]\n"
+    )
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "pictures/a.png")
+    Image.new("RGB", (9, 8), "black").save(tmp_path / "pictures/b.png")
+    (tmp_path / "prompts.txt").write_text("a fox\nthe key\n")
+    recipe = (
+        "task: direct_reward\npipeline: {model: pocket:pipeline}\nlora: {}\ndata: {prompts: prompts.txt}\n"
+        "gradient: {method: refl}\nrewards: [{name: REWARD}]\ntrain: {steps: 1}\n"
+        "compare: {prompts: prompts.txt, rewards: [{name: words-and-light}]}\n"
+        "guard: {prompts: prompts.txt, rewards: [{name: words-and-light}]}\n"
+    )
+    (tmp_path / "judged.yaml").write_text(recipe.replace("REWARD", "zreward"))
+    (tmp_path / "trained.yaml").write_text(recipe.replace("REWARD", "words-and-light"))
+
+    def run(*words, code=0):
+        command = [sys.executable, "-m", "rewardtune", *words, "--plugin", "mine.py"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    (row,) = (row for row in json.loads(run("rewards", "list", "--json")) if row["name"] == "words-and-light")
+    assert row["source"] == str(tmp_path / "mine.py") and row["available"] is True
+    assert (row["differentiable"], row["needs_prompt"], row["higher_is_better"]) == (False, True, False)
+    assert "FAIL" not in run("rewards", "test", "words-and-light")
+    scored = json.loads(run("score", "--reward", "words-and-light", "--images", "pictures", "--prompts", "prompts.txt",
+                            "--json"))  # fmt: skip
+    assert [line["value"] for line in scored["rows"]] == [6.0, 7.0]
+    run("validate", "judged.yaml")
+    assert "'words-and-light' returns no gradient" in run("validate", "trained.yaml", code=2)
