@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rewardtune.types import Score
 
 CHECKPOINT = "PekingU/rtdetr_r50vd"
-# the head of the hub's own page (July 2024, df939e6), in full as several public projects pin it
+# the hub's page shows df939e6 as the head; in full as several public projects pin it
 PINNED = {CHECKPOINT: "df939e661d8c52e80608d1ec566561aabd25a4e7"}
 
 

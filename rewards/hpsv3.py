@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rewardtune.types import Score
 
 CHECKPOINT, BASE = "MizzenAI/HPSv3", "Qwen/Qwen2-VL-7B-Instruct"
-# the commits that verl-project/verl-omni pins for its HPSv3 reward
+# both as several independent public projects pin them together; read there, not on the hub
 PINNED = {CHECKPOINT: "4f81e3e09edd82fe3c5f636444c721b592a735ca", BASE: "eed13092ef92e448dd6875b2a00151bd3f7db0ac"}
 FILE = "HPSv3.safetensors"
 TOKEN = "<|Reward|>"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rewardtune.types import Score
 
 CHECKPOINT = "q-future/Q-ReAlign-Mini-0.8B"
-# the commit that cfelicio/ShotSieve pins; the larger checkpoints are at whatever `main` is
+# as cfelicio/ShotSieve pins it (THIRD_PARTY_LICENSES.md); read there, not on the hub. The larger ones are not pinned
 PINNED = {CHECKPOINT: "fe1f45a7574c9e9d908875af9f7e90cb946aa19f"}
 ASKED = {
     "quality": ("How would you rate the quality of this image?", "The quality of the image is"),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rewardtune.types import Score
 
 CHECKPOINT = "Qwen/Qwen2.5-VL-7B-Instruct"
-# the commit that public projects pin throughout; other checkpoints are at whatever `main` is
+# as public projects pin it throughout; read there, not on the hub. Other checkpoints are not pinned
 PINNED = {CHECKPOINT: "cc594898137f460bfe9f0759e9844b3ce807cfb5"}
 
 
