@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from rewardtune.types import Score
 
 CHECKPOINT, TOKENIZER = "THUDM/ImageReward", "google-bert/bert-base-uncased"
-# the first as the README of Precise-SDE (arXiv 2605.23522) pins it, beside the commits of CLIP, PickScore and HPSv2 that
-# stand in our other cards; the second as public projects pin it throughout. Read there, not on the hub
+# the first as the README of Precise-SDE (arXiv 2605.23522) pins it, beside those commits of CLIP, PickScore and HPSv2
+# that stand in our other cards; the second as public projects pin it throughout. Read there, not on the hub
 PINNED = {CHECKPOINT: "5736be03b2652728fb87788c9797b0570450ab72", TOKENIZER: "86b5e0934494bd15c9632b12f734a8a67f723594"}
 FILE = "ImageReward.pt"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
