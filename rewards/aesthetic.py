@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Self
 
+from rewardtune.data import references
 from rewardtune.plugins import Options, RewardCard
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Aesthetic:
         licence = "Apache-2.0 (head), MIT (CLIP)" if version == "2" else "MIT"
         self.card = replace(
             type(self).card, native_resolution=clip.resolution, licence_weights=licence,
-            models={model: revision or "local", "head": f"version {version}"},
+            models={model: references.version(model, revision), "head": f"version {version}"},
         )  # fmt: skip
 
     @classmethod

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Self
 
+from rewardtune.data.references import version
 from rewardtune.plugins import Options, RewardCard
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class ClipScore:
         self.clip, self.prefix, self.w = clip, prefix, w
         self.card = replace(
             type(self).card, range=(0.0, w), scale=w * GOOD_COSINE, native_resolution=clip.resolution,
-            models={model: revision or "local"},
+            models={model: version(model, revision)},
         )  # fmt: skip
 
     @classmethod

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
 
+from rewardtune.data.references import version
 from rewardtune.errors import DataError, RecipeError
 from rewardtune.plugins import Options, RewardCard
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from rewardtune.types import Score
 
 CHECKPOINT = "PekingU/rtdetr_r50vd"
+# the hub's page shows df939e6 as the head; in full as several public projects pin it
+PINNED = {CHECKPOINT: "df939e661d8c52e80608d1ec566561aabd25a4e7"}
 
 
 class DetectionCounts:
@@ -37,7 +40,7 @@ class DetectionCounts:
         pillow_difference=None,
         licence_weights="Apache-2.0",
         requires=("transformers",),
-        models={CHECKPOINT: "main"},
+        models=PINNED,
         metadata=("objects",),
         gpu_memory_gib=0.2,
         reference="counting as in GenEval (arXiv 2310.11513), which uses Mask2Former of mmdetection",
@@ -56,17 +59,19 @@ class DetectionCounts:
     def __init__(self, model: Any, processor: Any, config: Config) -> None:
         self._model, self._processor, self.config = model, processor, config
         self.names = {int(i): str(name).lower() for i, name in model.config.id2label.items()}
-        self.card = replace(type(self).card, models={config.checkpoint: config.revision or "main"})
+        loaded = version(config.checkpoint, config.revision or PINNED.get(config.checkpoint))
+        self.card = replace(type(self).card, models={config.checkpoint: loaded})
 
     @classmethod
     def load(cls, config: Config, *, device: str | torch.device) -> Self:
         """Load detector and processor, frozen. RecipeError where the checkpoint is no object detector."""
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+        revision = config.revision or PINNED.get(config.checkpoint)
         try:
             # the processors that go through Pillow: those of torchvision are not for here
-            processor = AutoImageProcessor.from_pretrained(config.checkpoint, revision=config.revision, backend="pil")
-            model = AutoModelForObjectDetection.from_pretrained(config.checkpoint, revision=config.revision)
+            processor = AutoImageProcessor.from_pretrained(config.checkpoint, revision=revision, backend="pil")
+            model = AutoModelForObjectDetection.from_pretrained(config.checkpoint, revision=revision)
         except (OSError, ValueError) as error:
             raise RecipeError(
                 f"reward 'detection-counts': checkpoint {config.checkpoint!r} is no object detector of transformers "

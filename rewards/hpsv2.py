@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from rewardtune.data.references import version
 from rewardtune.plugins import Options, RewardCard
 
 if TYPE_CHECKING:
@@ -75,7 +76,10 @@ class HpsV2:
         tokenizer = load_tokenizer(config.tokenizer, revision=tokenizer_revision, reward=name)
         # its authors resize floats, which nothing cuts off
         clip = Clip(model.to(device), tokenizer, fit=longer_side, after="nothing")
-        models = {config.model: revision or "local", config.tokenizer: tokenizer_revision or "local"}
+        models = {
+            config.model: version(config.model, revision),
+            config.tokenizer: version(config.tokenizer, tokenizer_revision),
+        }
         return cls(clip, models=models)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Score:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from rewardtune.data.references import version
 from rewardtune.plugins import Options, RewardCard
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from rewardtune.types import Score
 
 CHECKPOINT, BASE = "MizzenAI/HPSv3", "Qwen/Qwen2-VL-7B-Instruct"
+# both as several independent public projects pin them together; read there, not on the hub
+PINNED = {CHECKPOINT: "4f81e3e09edd82fe3c5f636444c721b592a735ca", BASE: "eed13092ef92e448dd6875b2a00151bd3f7db0ac"}
 FILE = "HPSv3.safetensors"
 TOKEN = "<|Reward|>"
 """Added to the tokenizer behind its last token; the head reads where it stands."""
@@ -106,7 +109,7 @@ class HPSv3:
         licence_weights="MIT, and Apache-2.0 of Qwen2-VL-7B",
         requires=("transformers",),
         dimensions=("preference",),
-        models={CHECKPOINT: "main", BASE: "main"},
+        models=PINNED,
         gpu_memory_gib=14.5,
         reference="arXiv 2508.03789; github.com/MizzenAI/HPSv3 at d232ff8 and PyPI hpsv3 1.0.0. Scale 15: UniRL's, "
         "which divides by it, since published scores run from about -3 to 15",
@@ -131,7 +134,10 @@ class HPSv3:
     def __init__(self, network: Network, token: int, config: Config) -> None:
         self.network, self.token = network, token
         self.template: Template = network.asked.template(TEMPLATE)
-        given = {config.checkpoint: config.revision or "main", config.base: config.base_revision or "main"}
+        given = {
+            config.checkpoint: version(config.checkpoint, config.revision or PINNED.get(config.checkpoint)),
+            config.base: version(config.base, config.base_revision or PINNED.get(config.base)),
+        }
         self.card = replace(type(self).card, models=given)
 
     @classmethod
@@ -145,11 +151,13 @@ class HPSv3:
         from rewardtune.errors import RecipeError
 
         name = cls.card.name
-        file = find_file(config.checkpoint, FILE, revision=config.revision, reward=name, option="checkpoint")
+        revision = config.revision or PINNED.get(config.checkpoint)
+        base_revision = config.base_revision or PINNED.get(config.base)
+        file = find_file(config.checkpoint, FILE, revision=revision, reward=name, option="checkpoint")
         state = renamed(read_weights(file, reward=name))
         rows = state["language_model.embed_tokens.weight"].shape[0] if _complete(state) else 0
         try:
-            base = AutoConfig.from_pretrained(resolve(config.base), revision=config.base_revision)
+            base = AutoConfig.from_pretrained(resolve(config.base), revision=base_revision)
         except (OSError, ValueError, KeyError) as error:
             raise RecipeError(
                 f"reward {name!r}: the config of {config.base!r} does not load: {' '.join(str(error).split())[:300]} "
@@ -158,7 +166,7 @@ class HPSv3:
         if base.model_type != "qwen2_vl":
             raise RecipeError(f"reward {name!r}: base {config.base!r} is a {base.model_type} model, not qwen2_vl.")
         network = build(base, state, file=str(file), config=config, device=device)
-        tokenizer = load_tokenizer(config.base, revision=config.base_revision, reward=name, at_most=rows)
+        tokenizer = load_tokenizer(config.base, revision=base_revision, reward=name, at_most=rows)
         token = tokenizer.get_added_vocab().get(TOKEN, len(tokenizer))
         if token != rows - 1:
             raise RecipeError(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from rewardtune.data.references import version
 from rewardtune.plugins import Options, RewardCard
 
 if TYPE_CHECKING:
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from rewardtune.backbones.blip import BlipReward
     from rewardtune.types import Score
 
-CHECKPOINT = "THUDM/ImageReward"
+CHECKPOINT, TOKENIZER = "THUDM/ImageReward", "google-bert/bert-base-uncased"
+# the first as the README of Precise-SDE (arXiv 2605.23522) pins it, beside those commits of CLIP, PickScore and HPSv2
+# that stand in our other cards; the second as public projects pin it throughout. Read there, not on the hub
+PINNED = {CHECKPOINT: "5736be03b2652728fb87788c9797b0570450ab72", TOKENIZER: "86b5e0934494bd15c9632b12f734a8a67f723594"}
 FILE = "ImageReward.pt"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the head's output over the authors' data (ImageReward/ImageReward.py)."""
@@ -40,7 +44,7 @@ class ImageReward:
         licence_code="Apache-2.0",
         licence_weights="Apache-2.0",
         requires=("transformers",),
-        models={CHECKPOINT: "main", "google-bert/bert-base-uncased": "main"},
+        models=PINNED,
         gpu_memory_gib=1.7,
         reference="arXiv 2304.05977; github.com/THUDM/ImageReward at c1392c6, class ImageReward. Values are "
         "standardised there to mean 0 and deviation 1, mostly -2 to 2, so the scale is 1",
@@ -53,7 +57,7 @@ class ImageReward:
         """A hub id, a folder with ImageReward.pt and med_config.json, or the file, .pt or .safetensors."""
         revision: str | None = None
         """Commit, tag or branch of a hub id."""
-        tokenizer: str = "google-bert/bert-base-uncased"
+        tokenizer: str = TOKENIZER
         """Hub id or folder of BERT's uncased tokenizer, which the checkpoint does not bring."""
         tokenizer_revision: str | None = None
         """Commit, tag or branch of the tokenizer's hub id."""
@@ -65,7 +69,10 @@ class ImageReward:
     def __init__(self, model: BlipReward, tokenizer: Any, config: Config) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.size = int(model.vision.config.image_size)  # type: ignore[arg-type]
-        given = {config.checkpoint: config.revision or "main", config.tokenizer: config.tokenizer_revision or "main"}
+        given = {
+            config.checkpoint: version(config.checkpoint, config.revision or PINNED.get(config.checkpoint)),
+            config.tokenizer: version(config.tokenizer, config.tokenizer_revision or PINNED.get(config.tokenizer)),
+        }
         self.card = replace(type(self).card, native_resolution=self.size, models=given)
 
     @classmethod
@@ -79,15 +86,17 @@ class ImageReward:
         from rewardtune.backbones.weights import find_file, read_weights
 
         name = cls.card.name
-        file = find_file(config.checkpoint, FILE, revision=config.revision, reward=name, option="checkpoint")
+        revision = config.revision or PINNED.get(config.checkpoint)
+        file = find_file(config.checkpoint, FILE, revision=revision, reward=name, option="checkpoint")
         model = load_blip(
             name, read_weights(file, reward=name), dtype=getattr(torch, config.dtype), source=str(file),
-            med_config=find_med_config(file, config.checkpoint, revision=config.revision),
+            med_config=find_med_config(file, config.checkpoint, revision=revision),
         )  # fmt: skip
         freeze(model, gradient_checkpointing=config.gradient_checkpointing)
         tokenizer = load_tokenizer(
-            config.tokenizer, revision=config.tokenizer_revision, reward=name, at_most=model.text.config.vocab_size
-        )
+            config.tokenizer, revision=config.tokenizer_revision or PINNED.get(config.tokenizer), reward=name,
+            at_most=model.text.config.vocab_size,
+        )  # fmt: skip
         return cls(model.to(device), tokenizer, config)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Score:

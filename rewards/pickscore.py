@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Self
 
+from rewardtune.data.references import version
 from rewardtune.plugins import Options, RewardCard
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class PickScore:
     def __init__(self, clip: Clip, *, model: str, revision: str | None) -> None:
         self.clip = clip
         self.factor = float(clip.model.logit_scale.float().exp())
-        models = {model: revision or "local"}
+        models = {model: version(model, revision)}
         self.card = replace(type(self).card, native_resolution=clip.resolution, models=models)
 
     @classmethod

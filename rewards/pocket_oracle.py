@@ -47,6 +47,7 @@ class PocketOracle:
         native_resolution=64,
         licence_weights="Apache-2.0",
         held_out=True,
+        metadata=("facts",),
         models={"pocket:oracle": "shipped"},
     )
     TIE_BAND = TIE_BAND

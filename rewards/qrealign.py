@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import model_validator
 
+from rewardtune.data.references import version
 from rewardtune.plugins import Options, RewardCard
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from rewardtune.types import Score
 
 CHECKPOINT = "q-future/Q-ReAlign-Mini-0.8B"
+# as cfelicio/ShotSieve pins it (THIRD_PARTY_LICENSES.md); read there, not on the hub. The larger ones are not pinned
+PINNED = {CHECKPOINT: "fe1f45a7574c9e9d908875af9f7e90cb946aa19f"}
 ASKED = {
     "quality": ("How would you rate the quality of this image?", "The quality of the image is"),
     "aesthetics": ("How would you rate the aesthetics of this image?", "The aesthetics of the image is"),
@@ -44,7 +47,7 @@ class QReAlign:
         licence_weights="MIT (their pyproject says so; there is no LICENSE file)",
         requires=("transformers",),
         dimensions=("quality",),
-        models={CHECKPOINT: "main"},
+        models=PINNED,
         gpu_memory_gib=1.6,
         reference="github.com/Q-Future/Q-ReAlign at f5fd748, README (Quick Run) and docs/METHOD.md; Q-Align arXiv "
         "2312.17090; DeQA-Score arXiv 2501.11561. Levels lie in 0 to 1, so the scale is 1",
@@ -87,7 +90,7 @@ class QReAlign:
             type(self).card,
             range=(self.values[0], self.values[-1]),
             dimensions=(config.aspect,),
-            models={config.checkpoint: config.revision or "main"},
+            models={config.checkpoint: version(config.checkpoint, config.revision or PINNED.get(config.checkpoint))},
         )
 
     @classmethod
@@ -96,8 +99,8 @@ class QReAlign:
         from rewardtune.backbones.vlm import load_asked
 
         asked = load_asked(
-            cls.card.name, config.checkpoint, revision=config.revision, dtype=config.dtype,
-            gradient_checkpointing=config.gradient_checkpointing, device=device,
+            cls.card.name, config.checkpoint, revision=config.revision or PINNED.get(config.checkpoint),
+            dtype=config.dtype, gradient_checkpointing=config.gradient_checkpointing, device=device,
         )  # fmt: skip
         return cls(asked, config)
 

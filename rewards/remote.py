@@ -63,7 +63,12 @@ class Remote:
 
     def __init__(self, reward: RemoteReward) -> None:
         self._reward = reward
-        self.card = replace(reward.card, summary=f"{reward.card.summary} (served at {reward.url})", requires=())
+        self.card = replace(
+            reward.card,
+            summary=f"{reward.card.summary} (served at {reward.url})",
+            requires=(),
+            models={**dict(reward.card.models), "what is served": f"identity {reward.identity}"},
+        )
 
     @classmethod
     def load(cls, config: Config, *, device: str | torch.device) -> Self:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
+from rewardtune.data.references import version
 from rewardtune.errors import DataError
 from rewardtune.plugins import Options, RewardCard
 
@@ -61,7 +62,7 @@ class RewardDance:
         self.card = replace(
             type(self).card,
             dimensions=comparer.scorer.dimensions,
-            models={config.checkpoint: config.revision or "local"},
+            models={config.checkpoint: version(config.checkpoint, config.revision)},
         )
 
     @classmethod

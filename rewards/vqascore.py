@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import field_validator
 
+from rewardtune.data.references import version
 from rewardtune.plugins import Options, RewardCard
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from rewardtune.types import Score
 
 CHECKPOINT = "Qwen/Qwen2.5-VL-7B-Instruct"
+# as public projects pin it throughout; read there, not on the hub. Other checkpoints are not pinned
+PINNED = {CHECKPOINT: "cc594898137f460bfe9f0759e9844b3ce807cfb5"}
 
 
 class VQAScore:
@@ -37,7 +40,7 @@ class VQAScore:
         licence_weights="Apache-2.0",
         requires=("transformers",),
         dimensions=("alignment",),
-        models={CHECKPOINT: "main"},
+        models=PINNED,
         gpu_memory_gib=15.5,
         reference="arXiv 2404.01291; question of github.com/linzhiqiu/t2v_metrics at 6ecb74f, "
         "vqascore_models/qwen2vl_model.py. A probability needs no scale: 1",
@@ -80,7 +83,7 @@ class VQAScore:
         self.yes, self.no = asked.answers(self.template, [config.yes, config.no])
         self.card = replace(
             type(self).card,
-            models={config.checkpoint: config.revision or "main"},
+            models={config.checkpoint: version(config.checkpoint, config.revision or PINNED.get(config.checkpoint))},
             dimensions=type(self).card.dimensions if config.softmax == "answers" else (),
         )
 
@@ -90,8 +93,8 @@ class VQAScore:
         from rewardtune.backbones.vlm import load_asked
 
         asked = load_asked(
-            cls.card.name, config.checkpoint, revision=config.revision, dtype=config.dtype,
-            gradient_checkpointing=config.gradient_checkpointing, device=device,
+            cls.card.name, config.checkpoint, revision=config.revision or PINNED.get(config.checkpoint),
+            dtype=config.dtype, gradient_checkpointing=config.gradient_checkpointing, device=device,
         )  # fmt: skip
         return cls(asked, config)
 

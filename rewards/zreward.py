@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Self
 
+from rewardtune.data.references import version
 from rewardtune.plugins import Options, RewardCard
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class ZReward:
             range=(values[0], values[-1]),
             dimensions=scorer.dimensions,
             native_resolution=round(geometry.max_pixels**0.5) if fixed else None,
-            models={checkpoint: revision or ("shipped" if checkpoint.startswith("pocket:") else "local")},
+            models={checkpoint: version(checkpoint, revision)},
         )
 
     @classmethod

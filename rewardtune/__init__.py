@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rewardtune.functions import register_reward_function as register_reward_function
     from rewardtune.registry import register_pipeline as register_pipeline
     from rewardtune.registry import register_reward as register_reward
     from rewardtune.scoring.reward_set import load_reward as load_reward
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "load_reward": "rewardtune.scoring.reward_set",
     "register_reward": "rewardtune.registry",
+    "register_reward_function": "rewardtune.functions",
     "register_pipeline": "rewardtune.registry",
 }
 

@@ -155,6 +155,10 @@ class Registry:
         except (Exception, SystemExit) as error:
             raise PluginError(f"{self.kind} {name!r} from {claim} does not load: {_reason(error)}") from error
         if not isinstance(found, type):
+            # an entry point may name a function, of which its decorator has made a class
+            for made in (one.target for one in self._decorated.get(name, [])):
+                if getattr(made, "function", None) is found:
+                    return made
             raise PluginError(f"{self.kind} {name!r} from {claim} is not a class but {type(found).__name__}.")
         return found
 

@@ -120,6 +120,10 @@ def test_it_runs_outside_the_checkout(site, tmp_path):
     assert "zreward" in rewards.stdout
     valid = installed(site, tmp_path, "validate", "pocket/zreward", "train.steps=2")
     assert valid.returncode == 0, valid.stderr
+    new = installed(site, tmp_path, "rewards", "new", "our-own-look")
+    assert new.returncode == 0, new.stderr
+    tested = installed(site, tmp_path, "rewards", "test", "our-own-look", "--plugin", "our_own_look.py")
+    assert tested.returncode == 0, tested.stdout + tested.stderr
 
 
 def test_the_console_script_is_declared():

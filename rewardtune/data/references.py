@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from pathlib import Path
 
 from rewardtune.errors import RecipeError
 
 PREFIX = "pocket:"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def resolve(reference: str) -> str:
@@ -26,6 +28,34 @@ def resolve(reference: str) -> str:
         f"model {reference!r}: there is no such folder, and it is not a hub id (owner/name). "
         "Give a folder, a hub id, a run's export folder, or pocket:<name>."
     )
+
+
+def version(reference: str, revision: str | None) -> str:
+    """What a card says of a model that has been loaded: which bytes they were, as far as it can be known.
+
+    `shipped` for `pocket:` references, `local` for files and folders, the commit of a hub id whose revision is one. A
+    branch or tag moves: it is `not pinned`, with the commit that the hub's cache holds for it, which is the one loaded.
+    """
+    if reference.startswith(PREFIX):
+        return "shipped"
+    if Path(reference).expanduser().exists():
+        return "local"
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    name = revision or "main"
+    commit = _cached_commit(reference, name)
+    return f"{name}, not pinned" if commit is None else f"{name}, not pinned: loaded at {commit}"
+
+
+def _cached_commit(repository: str, revision: str) -> str | None:
+    from huggingface_hub import constants
+
+    file = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "refs" / revision
+    try:
+        found = file.read_text().strip()
+    except OSError:
+        return None
+    return found if _COMMIT.fullmatch(found) else None
 
 
 def pocket_path(reference: str) -> Path:

@@ -40,6 +40,8 @@ class RemoteReward:
     retries: int = 5
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
     card: RewardCard = field(init=False)
+    identity: str = field(init=False)
+    """Digest of what is served; `wire.identity_of`."""
 
     def __post_init__(self) -> None:
         self.url = self.url.rstrip("/")
@@ -61,7 +63,7 @@ class RemoteReward:
                 f"protocol {wire.PROTOCOL}. Install the same version of rewardtune on both sides."
             )
         try:
-            self.card, self._identity = wire.card_of(found["card"]), str(found["identity"])
+            self.card, self.identity = wire.card_of(found["card"]), str(found["identity"])
         except (KeyError, wire.Malformed) as error:
             raise RecipeError(
                 f"{self.url}/card is no reward's card ({error}). Is it `{SERVE}` that runs there?"
@@ -111,7 +113,7 @@ class RemoteReward:
         weights: Mapping[str, Tensor] | None = None,
     ) -> wire.Message:  # fmt: skip
         try:
-            body = wire.pack_request(images, prompts, identity=self._identity, weights=weights)
+            body = wire.pack_request(images, prompts, identity=self.identity, weights=weights)
         except (TypeError, ValueError) as error:
             raise DataError(
                 f"the metadata of a prompt cannot be sent to {self.url}: {error}. It must be what JSON can hold."
@@ -132,7 +134,7 @@ class RemoteReward:
             message = wire.unpack(raw)
         except wire.Malformed as error:
             raise Fault(str(error)) from None  # cut off, perhaps
-        if message.document.get("protocol") != wire.PROTOCOL or message.document.get("identity") != self._identity:
+        if message.document.get("protocol") != wire.PROTOCOL or message.document.get("identity") != self.identity:
             raise RecipeError(f"{self.url}: another reward or version answered than the one that was loaded. {_ANEW}")
         return message
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -150,9 +151,33 @@ def score_of(message: Message, count: int) -> Score:
 
 
 def identity_of(card: Mapping[str, Any], options: Mapping[str, Any]) -> str:
-    """A digest of what is served: card and options. The same reward served again has the same one."""
-    content = json.dumps([card, options], sort_keys=True, default=str)
+    """A digest of what is served: card, options, and what is in the files and folders that options name.
+
+    The same reward served again has the same one, a retrained checkpoint in the same folder another. Files are read
+    whole, half a gigabyte a second or more.
+    """
+    bytes_of = {option: digest_of(value) for option, value in options.items() if option != "name" and _is_path(value)}
+    content = json.dumps([card, options, bytes_of], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def digest_of(path: str) -> str:
+    """sha256 over a file's bytes, or over names and bytes of all files of a folder."""
+    root, found = Path(path).expanduser(), hashlib.sha256()
+    for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                own = hashlib.file_digest(opened, "sha256").hexdigest()
+            found.update(f"{file.relative_to(root).as_posix()}\0{own}\n".encode())
+    return found.hexdigest()
+
+
+def _is_path(value: Any) -> bool:
+    """Whether an option is a file or folder of this machine; a question to a model is too long to be one."""
+    try:
+        return isinstance(value, str) and bool(value) and Path(value).expanduser().exists()
+    except (OSError, RuntimeError):
+        return False
 
 
 def card_of(document: Any) -> RewardCard:

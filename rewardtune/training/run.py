@@ -73,7 +73,7 @@ def train_recipe(
                 where, lambda: run_folder.prepare(loaded, folder, fresh=fresh, allow=allow_changed, plugins=plugins)
             )
             if todo:
-                _run(loaded, folder=folder, where=where, stop=stop, run_id=todo)
+                _run(loaded, folder=folder, where=where, stop=stop, run_id=todo, allow=allow_changed)
     return folder
 
 
@@ -233,13 +233,17 @@ def _export(write: Writer, target: Path, provenance: dict[str, str]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any, run_id: str) -> None:
+def _run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any, run_id: str, allow: Sequence[str]) -> None:
     """Build, train, evaluate, export."""
+    from rewardtune.tasks.direct_reward import DirectReward
     from rewardtune.training import run_folder
 
     recipe = loaded.recipe
     with stop.leaving_at_once():
         task = _build(loaded, where)
+        if isinstance(task, DirectReward):
+            cards = [term.reward.card for term in task.rewards.terms]
+            _together(where, lambda: run_folder.record_rewards(folder, cards, allow=allow))
     trackers = None
     if where.main:
         from rewardtune.training.track import build_trackers

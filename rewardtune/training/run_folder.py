@@ -23,9 +23,11 @@ from rewardtune.recipe.sections import Recipe
 from rewardtune.training.checkpoint import write_json, write_text
 
 if TYPE_CHECKING:
+    from rewardtune.plugins import RewardCard
     from rewardtune.recipe.file import LoadedRecipe
 
 FINISHED = "finished.json"
+REWARDS = "rewards.json"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 
 
@@ -99,6 +101,24 @@ def prepare(
         },
     )
     return run_id
+
+
+def record_rewards(folder: Path, cards: Sequence[RewardCard], *, allow: Sequence[str]) -> None:
+    """Write which models the trained rewards are, with the commits that were loaded, into `rewards.json`.
+
+    Raises RecipeError where the run was started with others, as when a branch of the hub has moved since; `rewards`
+    in `allow` lets it.
+    """
+    found = [{"name": card.name, "models": dict(card.models)} for card in cards]
+    file = folder / REWARDS
+    before = json.loads(file.read_bytes()) if file.exists() else found
+    if before != found and "rewards" not in _split(allow):
+        raise RecipeError(
+            f"{folder} was started with other weights of its rewards: {json.dumps(before)} then, {json.dumps(found)} "
+            "now. Name the earlier commit as the reward's `revision`, use --fresh to start again, or --allow-changed "
+            "rewards to continue with these."
+        )
+    write_json(file, found)
 
 
 def read_recipe(folder: Path) -> Recipe:

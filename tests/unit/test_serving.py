@@ -244,6 +244,27 @@ def test_another_reward_behind_the_url_is_noticed():
         assert other.reward.seen == []
 
 
+def test_a_retrained_checkpoint_in_the_same_place_is_another_reward(tmp_path):
+    """The card and the options are the same; the bytes are not."""
+    (tmp_path / "export/deep").mkdir(parents=True)
+    weights = tmp_path / "export/deep/model.safetensors"
+    weights.write_bytes(b"first")
+    options = {"name": "toy", "checkpoint": str(tmp_path / "export"), "question": "x" * 5000, "dtype": "float32"}
+    with serving(Toy(), options=options) as first:
+        line = load_remote(first)
+        port = first.server_address[1]
+        identity = first.identity
+    with serving(Toy(), options=options, port=port) as second:
+        assert second.identity == identity == line.identity
+        line.score(pictures(), PROMPTS)
+    weights.write_bytes(b"again")
+    with serving(Toy(), options=options, port=port), pytest.raises(RecipeError, match="another one was asked for"):
+        line.score(pictures(), PROMPTS)
+    weights.write_bytes(b"first")
+    weights.rename(weights.with_name("other.safetensors"))
+    assert wire.identity_of(first.card, options) != identity, "names count too"
+
+
 def test_another_version_is_noticed(monkeypatch):
     with serving(Toy()) as served:
         line = load_remote(served)
