@@ -18,16 +18,18 @@ import torch
 from label_sheet import pictures
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rewardtune.pocket.oracle import Objects
 from rewardtune.randomness import choice
 
 LABELS = Path(__file__).parent / "oracle_lessons.jsonl"
-IMAGES = LABELS.with_suffix(".png")
+IMAGES = LABELS.with_suffix(".webp")
 HELD_OUT = 0.2
-"""Share of the labelled pictures that choose nothing but the threshold and show the course (ours)."""
-RATE, WEIGHT = 5e-4, 2.0
-"""Largest learning rate, and how much a labelled batch counts beside a drawn one (ours)."""
+"""Share of the pictures drawn by chance that choose nothing but the threshold and show the course (ours)."""
+RATE, WEIGHT, MEMORY = 5e-4, 2.0, 0.98
+"""Largest learning rate, how much a labelled batch counts beside a drawn one, and the decay of the running mean of the
+weights, which is what is kept (ours)."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,13 @@ def lessons(rows: Sequence[Mapping[str, Any]], names: Mapping[str, Sequence[Any]
     return out
 
 
-def load_lessons(names: Mapping[str, Sequence[Any]]) -> tuple[Tensor, list[Lesson]]:
-    """Pictures (N, 3, 64, 64) in [0, 1] and what people say of them."""
+def load_lessons(names: Mapping[str, Sequence[Any]]) -> tuple[Tensor, list[Lesson], list[int]]:
+    """Pictures (N, 3, 64, 64) in [0, 1], what people say of them, and which were drawn by chance: the others were
+    `picked`, because a former tower was unsure of them."""
     rows = [json.loads(line) for line in LABELS.read_text().splitlines()]
     tiles = pictures(IMAGES)
     x = torch.stack([torch.from_numpy(np.array(tiles[row["image"]])).permute(2, 0, 1) for row in rows]).float() / 255
-    return x, lessons(rows, names)
+    return x, lessons(rows, names), [i for i, row in enumerate(rows) if not row.get("picked")]
 
 
 def moved(x: Tensor, g: torch.Generator) -> Tensor:
@@ -115,20 +118,20 @@ def teach(
 
     Returns the course on held-out lessons, with the probability above which most people name the object.
     """  # fmt: skip
-    x, every = load_lessons(names)
-    order = choice(seed, "lessons/split").sample(range(len(x)), len(x))
-    held = set(order[: int(HELD_OUT * len(x))])
+    x, every, typical = load_lessons(names)
+    held = set(choice(seed, "lessons/split").sample(typical, int(HELD_OUT * len(typical))))
     own = sorted(set(range(len(x))) - held)
     by_picture: dict[int, list[Lesson]] = {}
     for lesson in every:
         by_picture.setdefault(lesson.picture, []).append(lesson)
     optimizer = torch.optim.AdamW(tower.parameters(), lr=RATE, weight_decay=0.02, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=max(steps, 1), pct_start=0.1)
+    mean = AveragedModel(tower, multi_avg_fn=get_ema_multi_avg_fn(MEMORY))
     course = []
     tower.requires_grad_(True)
     for step in range(steps + 1):
         if step % 50 == 0 or step == steps:
-            course.append({"step": step, **look(tower, x, [k for k in every if k.picture in held])})
+            course.append({"step": step, **look(mean.module, x, [k for k in every if k.picture in held])})
             print(course[-1], flush=True)
         if step == steps:
             break
@@ -142,6 +145,8 @@ def teach(
         torch.nn.utils.clip_grad_norm_(tower.parameters(), 5.0)
         optimizer.step()
         schedule.step()
+        mean.update_parameters(tower)
+    tower.load_state_dict(mean.module.state_dict())
     tower.requires_grad_(False)
     return course
 

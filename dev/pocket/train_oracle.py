@@ -390,6 +390,19 @@ def train(
             "seconds": round(time.time() - started)}  # fmt: skip
 
 
+def of_this_world(oracle: Oracle) -> Oracle:
+    """A stored judge that knows concepts which the world no longer has forgets them."""
+    first = sum(oracle.objects.sections[:3])
+    old, kept = oracle.names["concepts"], [oracle.names["concepts"].index(name) for name in NAMES["concepts"]]
+    rows = [*range(first), *(first + i for i in kept), *range(first + len(old), sum(oracle.objects.sections))]
+    state = oracle.state_dict()
+    for name in ("objects.out.weight", "objects.out.bias"):
+        state[name] = state[name][rows]
+    out = Oracle(NAMES, widths=WIDTHS).eval().requires_grad_(False)
+    out.load_state_dict(state)
+    return out
+
+
 def listen(tower: Objects, *, vae: Path, steps: int, size: int, seed: int) -> dict[str, Any]:
     """The finished first tower learns what people still name, half of each batch being pictures of known truth."""
     started, latents = time.time(), Latents(vae)
@@ -427,7 +440,7 @@ def main() -> None:
         store(oracle, args.out)
         card.write_text(json.dumps(report, indent=1) + "\n")
     else:
-        oracle, report = load(args.out), json.loads(card.read_text())
+        oracle, report = of_this_world(load(args.out)), json.loads(card.read_text())
     if args.start != "cleanliness":
         report["lessons"] = listen(oracle.objects, steps=steps["lessons"], **options)
         store(oracle, args.out)
