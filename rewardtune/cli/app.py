@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from rewardtune import __version__
-from rewardtune.cli import convert as _convert  # noqa: F401  # hangs itself under `rewards`
+from rewardtune.cli import calibrate as _calibrate  # noqa: F401  # these hang themselves under `rewards`
+from rewardtune.cli import convert as _convert  # noqa: F401
 from rewardtune.cli.command import Json, command, printable, quiet_stdout, show, show_json, show_table
 from rewardtune.cli.data import data
 from rewardtune.cli.lists import add_lists

@@ -119,9 +119,17 @@ def score_files(
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """`NAME[:option=value,...]` -> name and options; values are JSON where they read as such, else words."""
+    """`NAME[:option=value,...]` -> name and options; values are JSON where they read as such, else words.
+
+    `NAME:{"option": value}` is taken too, for values that hold a comma.
+    """
     name, colon, rest = spec.partition(":")
     options: dict[str, Any] = {}
+    if rest.startswith("{"):
+        try:
+            options, rest, colon = dict(json.loads(rest)), "", ""
+        except ValueError as error:
+            raise RecipeError(f"reward {spec!r}: what follows the name is not a JSON object ({error}).") from error
     for piece in rest.split(",") if colon else ():
         option, equals, value = piece.partition("=")
         if not equals or not option.strip():
