@@ -86,13 +86,14 @@ def picture(image: Image) -> dict[str, Any]:
     }
 
 
-def curve(steps: Sequence[float], values: Sequence[float]) -> dict[str, Any]:
-    """Points of a polyline in a frame of CHART, and the smallest and largest value, which are its lower and upper end.
+def curve(steps: Sequence[float], values: Sequence[float], limits: tuple[float, float] | None = None) -> dict[str, Any]:
+    """Points of a polyline in a frame of CHART, and the values that are its lower and upper end.
 
-    steps: rising from 0; the last lies at the right end.
+    steps: rising from 0; the last lies at the right end. limits: those ends, where several lines share a frame; else
+    the smallest and largest value.
     """
     width, height = (side - 2 * MARGIN for side in CHART)
-    low, high = min(values), max(values)
+    low, high = limits or (min(values), max(values))
     span, last = (high - low) or 1.0, steps[-1] or 1
     points = [
         (round(MARGIN + width * step / last, 1), round(MARGIN + height * (high - value) / span, 1))
