@@ -131,7 +131,10 @@ def read_labels(groups: Sequence[PreferenceGroup], *, dimension: str | None = No
     where: dict[tuple[str, str, str], int] = {}
     texts: dict[str, int] = {}
     pictures: list[Picture] = []
-    picture, prompt, rated, starts = [], [], [], []
+    picture: list[int] = []
+    prompt: list[int] = []
+    starts: list[int] = []
+    rated: list[RatedImage] = []
     for group in groups:
         starts.append(len(rated))
         facts = json.dumps(dict(group.prompt.metadata), sort_keys=True, default=str)

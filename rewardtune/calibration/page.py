@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from rewardtune.calibration.verdict import CHANCE, points, share
 from rewardtune.pages.html import render_page
 
 _HERE = Path(__file__).parent
+Words = Callable[[float], str]
+Strength = Callable[[float], float]
 _DIAGRAM = 100.0
 """Side of a reliability diagram, in its own units."""
 
@@ -34,7 +36,7 @@ def render(document: Mapping[str, Any]) -> str:
         "between": between,
         "gap": gap,
         "seconds": seconds,
-        "two": lambda x: f"{x:.2f}",
+        "two": "{:.2f}".format,
     }
     return render_page(_HERE / "calibration.html.j2", values, filters=filters)
 
@@ -85,7 +87,7 @@ def _dimensions(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _heat(cell: Mapping[str, Any]) -> dict[str, Any]:
     """A pair accuracy with the class of its colour: hot above chance, cold below."""
-    return {**cell, "tone": "" if cell["hpa"] is None else tone((cell["hpa"] - CHANCE) / (1 - CHANCE))}
+    return {**cell, "tone": "" if cell["hpa"] is None else tone(_over_chance(cell["hpa"]))}
 
 
 def tone(strength: float) -> str:
@@ -97,14 +99,14 @@ def tone(strength: float) -> str:
 def _tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The matrices of every two rewards."""
     between, labels = document["between_rewards"], list(document["rewards"])
-    kinds = (
-        ("Values", "Spearman correlation over all pictures.", "spearman", lambda x: f"{x:+.2f}", lambda x: x),
+    kinds: tuple[tuple[str, str, str, Words, Strength], ...] = (
+        ("Values", "Spearman correlation over all pictures.", "spearman", "{:+.2f}".format, _as_it_is),
         ("Order of pairs", "Share of same-prompt pairs that both put in one order.", "pair_agreement", share,
-         lambda x: 2 * x - 1),
+         _over_chance),
         ("Errors", "Correlation of being wrong about the same pairs. A judge wants little.", "error_correlation",
-         lambda x: f"{x:+.2f}", lambda x: x),
+         "{:+.2f}".format, _as_it_is),
         ("Caught", "Of the pairs that the row gets wrong, the share that the column gets right.", "catches", share,
-         lambda x: 2 * x - 1),
+         _over_chance),
     )  # fmt: skip
     tables = []
     for title, caption, key, words, strength in kinds:
@@ -119,6 +121,15 @@ def _tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
             rows.append({"name": a, "cells": cells})
         tables.append({"title": title, "caption": caption, "rows": rows})
     return tables
+
+
+def _as_it_is(correlation: float) -> float:
+    return correlation
+
+
+def _over_chance(found: float) -> float:
+    """A share as -1 (none) to 1 (all)."""
+    return (found - CHANCE) / (1 - CHANCE)
 
 
 def _reliable(label: str, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,12 +11,15 @@ RULES = (
     "Train on the differentiable reward that orders most pairs as people do, if the 95 % interval of its pair accuracy "
     "lies above chance (50 %). Where its lead over another differentiable one is not resolved, the labels do not say "
     "which of the two is better, and cost or licence may decide.",
-    "Keep as judge, of the rewards that are not trained on and whose interval lies above chance: those that are not "
-    "resolved to be worse than the most accurate of them, and of these the one whose errors correlate least with the "
-    "trained one's. A judge that errs on the same pairs cannot see the trained reward being exploited.",
+    "Keep as judge, of the rewards that are not trained on and whose interval lies above chance: those that are "
+    "at most 5 points less accurate than the most accurate of them and not resolved to be worse, and of these the one "
+    "whose errors correlate least with the trained one's. A judge that errs on the same pairs cannot see the trained reward being exploited.",
 )
 FEW_PROMPTS = 50
 """Ours, as in `compare`: with fewer prompts a bootstrap interval is a little too narrow."""
+CLOSE = 0.05
+"""Ours: how much accuracy may be given for errors of another kind. Few labels resolve little, so that without such a
+limit a much worse judge would pass."""
 CHANCE = 0.5
 
 
@@ -90,7 +93,11 @@ def _judge(
             "words": "No judge: no other reward here orders pairs of people better than chance. Give a second one "
             "with --reward, or let people judge (`rewardtune compare`, blind vote).",
         }
-    accurate = [label for label in fit if label == fit[0] or not lead(differences, fit[0], label)[2]]
+    accurate = [fit[0]]
+    for label in fit[1:]:
+        gap, _, resolved = lead(differences, fit[0], label)
+        if gap <= CLOSE and not resolved:
+            accurate.append(label)
 
     def shared(label: str) -> float:
         found = errors[trained][label] if trained else None

@@ -12,7 +12,8 @@ RULES = (
     "the start; 1 of its card's scale where it has no range.",
     "It has a blind spot where it has risen at some budget and a judge has not moved up with it by more than the "
     "judge's tie band: what was praised is not in the picture, as far as the judge sees. The smallest such budget is "
-    "named. Where every judge rises too, either the pictures are better or the judges share the blind spot: look at them.",
+    "named. Where every judge rises too, either the pictures are better or the judges share the blind spot: look at "
+    "them.",
 )
 
 
@@ -20,7 +21,7 @@ def rises(card: Mapping[str, Any], gain: float) -> bool:
     """Whether a mean gain (better is positive) of a reward with this card counts."""
     limits = card["range"]
     if limits:
-        return gain >= RISE_OF_RANGE * (limits[1] - limits[0])
+        return bool(gain >= RISE_OF_RANGE * (limits[1] - limits[0]))
     return bool(gain >= RISE_OF_SCALE * card["scale"])
 
 
@@ -95,8 +96,8 @@ def _judged(card: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     gain = found["gain"]
     verb = "sees a gain" if gain > band + 1e-9 else "sees a loss" if gain < -band - 1e-9 else "sees no difference"
     return (
-        f"{card['label']} {verb}: {found['before']:.3g} to {found['after']:.3g} ({signed(found['change'])}; differences "
-        f"up to {band:.3g} are ties), better on {found['better']} and worse on {found['worse']} of "
+        f"{card['label']} {verb}: {found['before']:.3g} to {found['after']:.3g} ({signed(found['change'])}; "
+        f"differences up to {band:.3g} are ties), better on {found['better']} and worse on {found['worse']} of "
         f"{found['pictures']} pictures."
     )
 
