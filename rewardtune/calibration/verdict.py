@@ -11,9 +11,10 @@ RULES = (
     "Train on the differentiable reward that orders most pairs as people do, if the 95 % interval of its pair accuracy "
     "lies above chance (50 %). Where its lead over another differentiable one is not resolved, the labels do not say "
     "which of the two is better, and cost or licence may decide.",
-    "Keep as judge, of the rewards that are not trained on and whose interval lies above chance: those that are "
-    "at most 5 points less accurate than the most accurate of them and not resolved to be worse, and of these the one "
-    "whose errors correlate least with the trained one's. A judge that errs on the same pairs cannot see the trained reward being exploited.",
+    "Keep as judge, of the rewards that are not trained on and whose interval lies above chance: those that are at "
+    "most 5 points less accurate than the most accurate of them and not resolved to be worse, and of these the one "
+    "whose errors correlate least with the trained one's. A judge that errs on the same pairs cannot see the trained "
+    "reward being exploited.",
 )
 FEW_PROMPTS = 50
 """Ours, as in `compare`: with fewer prompts a bootstrap interval is a little too narrow."""
