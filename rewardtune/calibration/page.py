@@ -10,6 +10,8 @@ from rewardtune.calibration.verdict import CHANCE, points, share
 from rewardtune.pages.html import render_page
 
 _HERE = Path(__file__).parent
+FEW_PAIRS = 30
+"""Ours: accuracies of fewer pairs are shown faintly."""
 Words = Callable[[float], str]
 Strength = Callable[[float], float]
 _DIAGRAM = 100.0
@@ -24,6 +26,7 @@ def render(document: Mapping[str, Any]) -> str:
         "lines": [{"label": label, **reward, "bar": _bar(reward)} for label, reward in rewards.items()],
         "gaps": [_gap(entry) for entry in document["differences"] if entry["hpa"]],
         "dimensions": _dimensions(document),
+        "few_pairs": FEW_PAIRS,
         "tables": _tables(document),
         "reliable": [_reliable(label, r["reliability"]) for label, r in rewards.items()
                      if isinstance(r["reliability"], dict)],
@@ -87,7 +90,11 @@ def _dimensions(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _heat(cell: Mapping[str, Any]) -> dict[str, Any]:
     """A pair accuracy with the class of its colour: hot above chance, cold below."""
-    return {**cell, "tone": "" if cell["hpa"] is None else tone(_over_chance(cell["hpa"]))}
+    return {
+        **cell,
+        "tone": "" if cell["hpa"] is None else tone(_over_chance(cell["hpa"])),
+        "few": cell["pairs"] < FEW_PAIRS,
+    }
 
 
 def tone(strength: float) -> str:

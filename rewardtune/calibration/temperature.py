@@ -39,7 +39,8 @@ def reliability(reading: Reading, labels: Labels) -> dict[str, Any] | str:
 
     A temperature T makes p proportional to p^(1/T). It is fitted to one half of the prompts by the cross-entropy with
     people's histograms (arXiv 1706.04599), and reported on the other half. Halves: the prompts in the order of their
-    text's SHA-256, the first half fits. A text where there is nothing to say, with the reason.
+    text's SHA-256, the first half fits. It `helps` where the cross-entropy of the other half falls. A text where there is
+    nothing to say, with the reason.
     """
     first = next((one for one in reading.said if one is not None), None)
     if first is None or first.distribution is None or first.levels is None or first.dimensions is None:
@@ -53,13 +54,15 @@ def reliability(reading: Reading, labels: Labels) -> dict[str, Any] | str:
     if not len(fitting.prompt) or not len(held.prompt):
         return "too few prompts with ratings to fit on one half and report on the other"
     temperature = fit(fitting.predicted, fitting.human)
+    before, after = _quality(held, 1.0), _quality(held, temperature)
     return {
         "dimensions": shared,
         "temperature": temperature,
+        "helps": after["cross_entropy"] < before["cross_entropy"],
         "at_limit": not LIMITS[0] * 1.01 < temperature < LIMITS[1] / 1.01,
         "all": _quality(rated, 1.0),
         "fitted_on": {"before": _quality(fitting, 1.0), "after": _quality(fitting, temperature)},
-        "reported_on": {"before": _quality(held, 1.0), "after": _quality(held, temperature)},
+        "reported_on": {"before": before, "after": after},
     }
 
 

@@ -193,7 +193,7 @@ def test_reliability_is_fitted_on_one_half_and_reported_on_the_other(tmp_path):
     before = found["reported_on"]["before"]
     # 96 % sure of a level that half of the annotators chose
     assert before["ece"] == pytest.approx(0.46) and before["agreed"] == pytest.approx(0.5)
-    assert found["temperature"] > 1 and found["reported_on"]["after"]["ece"] < before["ece"]
+    assert found["temperature"] > 1 and found["helps"] and found["reported_on"]["after"]["ece"] < before["ece"]
     assert [found[half]["before"]["prompts"] for half in ("fitted_on", "reported_on")] == [4, 4]
     assert before["bins"] == [{"from": 0.9, "to": 1.0, "ratings": 8, "confidence": pytest.approx(0.96),
                                "agreed": pytest.approx(0.5)}]  # fmt: skip
