@@ -38,6 +38,7 @@ def against_people(reading: Reading, labels: Labels) -> dict[str, Any]:
             found["ci95"][name] = list(mean.ci95)
     return {
         **{name: found[name] for name in ("hpa", "margin_hpa", "near_hpa", "plcc", "srcc", "pairs", "ci95")},
+        "tied": float((pairs.predicted == 0).mean()),
         "margin_pairs": int(pairs.margin.sum()),
         "near_pairs": int(pairs.near.sum()),
         "dimensions": _by_dimension(values, labels),

@@ -33,7 +33,7 @@ def render(document: Mapping[str, Any]) -> str:
         "unreliable": [(label, r["reliability"]) for label, r in rewards.items()
                        if isinstance(r["reliability"], str)],
     }  # fmt: skip
-    filters = {
+    filters: dict[str, Callable[..., Any]] = {
         "share": share,
         "points": points,
         "between": between,

@@ -39,8 +39,8 @@ def reliability(reading: Reading, labels: Labels) -> dict[str, Any] | str:
 
     A temperature T makes p proportional to p^(1/T). It is fitted to one half of the prompts by the cross-entropy with
     people's histograms (arXiv 1706.04599), and reported on the other half. Halves: the prompts in the order of their
-    text's SHA-256, the first half fits. It `helps` where the cross-entropy of the other half falls. A text where there is
-    nothing to say, with the reason.
+    text's SHA-256, the first half fits. It `helps` where the cross-entropy of the other half falls. A text where there
+    is nothing to say, with the reason.
     """
     first = next((one for one in reading.said if one is not None), None)
     if first is None or first.distribution is None or first.levels is None or first.dimensions is None:

@@ -21,6 +21,8 @@ FEW_PROMPTS = 50
 CLOSE = 0.05
 """Ours: how much accuracy may be given for errors of another kind. Few labels resolve little, so that without such a
 limit a much worse judge would pass."""
+MANY_TIES = 0.2
+"""Ours: share of pairs that a reward finds equal, from which on a reader should know."""
 CHANCE = 0.5
 
 
@@ -130,7 +132,12 @@ def warnings_of(document: Mapping[str, Any]) -> list[str]:
             "intervals are a little too narrow."
         )
     for label, reward in document["rewards"].items():
-        if reward["ci95"]["hpa"][1] < CHANCE:
+        if reward["tied"] > MANY_TIES:
+            found.append(
+                f"{label} gives both pictures the same value in {share(reward['tied'])} of the pairs, which counts as "
+                "wrong; where it tells them apart it may do better."
+            )
+        elif reward["ci95"]["hpa"][1] < CHANCE:
             found.append(
                 f"{label} orders pairs against people ({with_interval(reward)}): what it likes, they dislike. See "
                 "whether it has an option that turns it round."

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rewardtune.compare.scores import choose_rewards, tie_bands
 from rewardtune.data.images import to_pil
-from rewardtune.errors import MissingExtra, RecipeError
+from rewardtune.errors import MissingExtra, OutOfMemoryError, RecipeError
 from rewardtune.pages.files import write_bytes
 from rewardtune.plugins import Reward, RewardCard
 from rewardtune.probe.ascent import BUDGETS, REACH, Step, ascend, plan, rounded
@@ -88,7 +88,13 @@ def probe(
     )  # fmt: skip
     loaded = {name: _load(section, device=device) for name, section in chosen.items()}
     _refuse(loaded[label].card)
-    seen = _climb(label, loaded, starts, walk, device=device)
+    try:
+        seen = _climb(label, loaded, starts, walk, device=device)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(
+            f"reward {label!r} ran out of memory on {len(starts)} pictures and its gradient ({error}). Take fewer: "
+            "--pictures 1, or smaller ones."
+        ) from error
     document = _document(label, chosen, loaded, starts, walk, seen, seed=seed)
     document["verdict"] = decide(document)
     document["seconds"] = round(time.monotonic() - started, 1)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from served import TOKEN, serving
 
 from rewardtune.calibration.comparison import against_people, between_rewards, differences, lead
 from rewardtune.calibration.labels import Labels, read_labels
@@ -21,6 +22,7 @@ from rewardtune.cli.app import app
 from rewardtune.data.records import read_records
 from rewardtune.errors import DataError, RecipeError
 from rewardtune.registry import load_plugin
+from rewardtune.scoring.reward_set import load_reward
 from rewardtune.scoring.score import ImageScore, parse_spec
 
 HERE = Path(__file__).parent
@@ -262,6 +264,26 @@ def test_lower_is_better_counts(tmp_path):
         Image.new("RGB", (8, 8), (0, 255 - good, 0)).save(tmp_path / row["image"])
     found = calibrate(data, ["greenless"], out=tmp_path / "out").document
     assert found["rewards"]["greenless"]["hpa"] == 1.0
+
+
+def test_a_reward_over_http_beside_its_own_self(tmp_path, monkeypatch):
+    with serving(load_reward("redness")) as served:
+        monkeypatch.setenv("REWARDTUNE_TOKEN", TOKEN)
+        data = write(tmp_path, six_prompts())
+        found = calibrate(data, ["redness", f"remote:url={served.url}"], out=tmp_path / "out").document
+    here, there = found["rewards"].values()
+    assert there["name"] == "redness" and there["hpa"] == here["hpa"] == pytest.approx(5 / 6)
+    assert found["between_rewards"]["spearman"]["redness"]["remote"] == pytest.approx(1.0)
+    assert TOKEN not in (tmp_path / "out/calibration.json").read_text()
+
+
+def test_a_reward_that_tells_nothing_apart_says_so(tmp_path):
+    rows = [row for row in six_prompts() if row["group"] != "g5"]
+    found = calibrate(write(tmp_path, rows), ["flat", "greenless", "redness"], out=tmp_path / "out").document
+    assert found["rewards"]["flat"]["hpa"] == 0.0 and found["rewards"]["flat"]["tied"] == 1.0
+    assert any("flat gives both pictures the same value in 100.0 %" in text for text in found["warnings"])
+    assert found["between_rewards"]["spearman"]["flat"]["redness"] is None
+    assert found["verdict"]["train"]["reward"] == "redness" and found["verdict"]["judge"]["reward"] is None
 
 
 def test_options_may_be_json():
