@@ -14,7 +14,7 @@ import numpy as np
 from rewardtune.calibration.labels import Compared, Labels
 from rewardtune.calibration.readings import Reading
 from rewardtune.compare.statistics import clustered_mean
-from rewardtune.scoring.agreement import Array, Ratings, correlation, figures, ranks
+from rewardtune.scoring.agreement import RESAMPLES, Array, Ratings, correlation, figures, ranks
 
 Table = dict[str, dict[str, float | None]]
 
@@ -66,7 +66,7 @@ def _accuracy(compared: Compared, values: Array, *, ties: bool = True) -> dict[s
     share = float(tied.mean()) if len(tied) else None
     if len(counted.human) == 0:
         return {"hpa": None, "ci95": None, "pairs": 0, "tied": share}
-    mean = clustered_mean(counted.right.astype(np.float64), counted.group)
+    mean = clustered_mean(counted.right.astype(np.float64), counted.group, resamples=RESAMPLES)
     return {"hpa": mean.mean, "ci95": list(mean.ci95), "pairs": len(counted.human), "tied": share}
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rewardtune.calibration.labels import Labels
 from rewardtune.calibration.readings import Reading
-from rewardtune.scoring.agreement import BINS, Array, Pairs, Ratings, figures
+from rewardtune.scoring.agreement import BINS, RESAMPLES, Array, Pairs, Ratings, figures
 
 LIMITS = (0.05, 20.0)
 """Ours: temperatures that are looked at. One that ends here has nothing to fit."""
@@ -54,7 +54,7 @@ def reliability(reading: Reading, labels: Labels) -> dict[str, Any] | str:
     if not len(fitting.prompt) or not len(held.prompt):
         return "too few prompts with ratings to fit on one half and report on the other"
     temperature = fit(fitting.predicted, fitting.human)
-    before, after = _quality(held, 1.0), _quality(held, temperature)
+    before, after = _quality(held, 1.0, RESAMPLES), _quality(held, temperature, RESAMPLES)
     return {
         "dimensions": shared,
         "temperature": temperature,
@@ -127,8 +127,8 @@ def _halves(rated: _Rated, labels: Labels) -> tuple[_Rated, _Rated]:
     return rated.take(np.flatnonzero(first)), rated.take(np.flatnonzero(~first))
 
 
-def _quality(rated: _Rated, temperature: float) -> dict[str, Any]:
-    """Expected calibration error with its interval, cross-entropy, and the bins of the diagram."""
+def _quality(rated: _Rated, temperature: float, resamples: int = 0) -> dict[str, Any]:
+    """Expected calibration error, with its interval where it is resampled, cross-entropy, and the diagram's bins."""
     predicted = tempered(rated.predicted, temperature)
     best = predicted.argmax(-1)
     rows = np.arange(len(best))
@@ -136,7 +136,7 @@ def _quality(rated: _Rated, temperature: float) -> dict[str, Any]:
     blank, one = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
     none = np.zeros(0, dtype=np.int64)
     nothing = Pairs(none, none, np.zeros(0), np.zeros(0))
-    found = figures(Ratings(rated.prompt, rated.place, one, blank, blank, confidence, agreed), nothing)
+    found = figures(Ratings(rated.prompt, rated.place, one, blank, blank, confidence, agreed), nothing, resamples)
     bins = []
     places = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
     for k in range(BINS):
