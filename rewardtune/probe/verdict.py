@@ -10,10 +10,10 @@ RISE_OF_RANGE, RISE_OF_SCALE = 0.1, 1.0
 RULES = (
     "A reward has risen where its mean over the pictures, noise left out, is at least 10 % of its range better than at "
     "the start; 1 of its card's scale where it has no range.",
-    "It has a blind spot where it has risen at some budget and a judge has not moved up with it by more than the "
-    "judge's tie band: what was praised is not in the picture, as far as the judge sees. The smallest such budget is "
-    "named. Where every judge rises too, either the pictures are better or the judges share the blind spot: look at "
-    "them.",
+    "It has a blind spot where it has risen at some budget and a judge has not risen with it: what was praised is not "
+    "in the picture, as far as the judge sees. A judge has risen where its mean gains more than its tie band, and so "
+    "do half of the pictures or more; one picture alone can carry a mean. The smallest such budget is named. Where every "
+    "judge rises too, either the pictures are better or the judges share the blind spot: look at them.",
 )
 
 
@@ -25,6 +25,11 @@ def rises(card: Mapping[str, Any], gain: float) -> bool:
     return bool(gain >= RISE_OF_SCALE * card["scale"])
 
 
+def agrees(judge: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Whether a judge sees a gain: on average, and on half of the pictures or more."""
+    return bool(found["gain"] > judge["tie_band"] + 1e-9 and 2 * found["better"] >= found["pictures"])
+
+
 def decide(document: Mapping[str, Any]) -> dict[str, Any]:
     """`outcome` (resists, blind-spot, shared, unjudged), the `budget` it is told at, `headline`, `words`, `rules`."""
     probed, judges = document["reward"], document["judges"]
@@ -33,7 +38,7 @@ def decide(document: Mapping[str, Any]) -> dict[str, Any]:
     risen = [e for e in entries if rises(probed, e["rewards"][name]["gain"])]
 
     def blind(entry: Mapping[str, Any]) -> list[str]:
-        return [label for label, j in judges.items() if entry["rewards"][label]["gain"] <= j["tie_band"] + 1e-9]
+        return [label for label, judge in judges.items() if not agrees(judge, entry["rewards"][label])]
 
     if not risen:
         chosen, outcome = entries[-1], "resists"
@@ -94,7 +99,9 @@ def _moved(card: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 def _judged(card: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     band = card["tie_band"]
     gain = found["gain"]
-    verb = "sees a gain" if gain > band + 1e-9 else "sees a loss" if gain < -band - 1e-9 else "sees no difference"
+    verb = "sees no difference"
+    if abs(gain) > band + 1e-9:
+        verb = "sees a loss" if gain < 0 else "sees a gain" if agrees(card, found) else "sees a gain on few pictures"
     return (
         f"{card['label']} {verb}: {found['before']:.3g} to {found['after']:.3g} ({signed(found['change'])}; "
         f"differences up to {band:.3g} are ties), better on {found['better']} and worse on {found['worse']} of "

@@ -139,6 +139,10 @@ def test_the_verdict_follows_its_rules():
         verdict = decide(given)
         assert (verdict["outcome"], verdict["budget"]) == (outcome, budget)
     assert "sees no difference" in " ".join(decide(told["blind-spot", 2])["words"])
+    # one picture of four carries the judge's mean
+    told["shared", 2]["budgets"][0]["rewards"]["judge"] |= {"better": 1, "pictures": 4}
+    verdict = decide(told["shared", 2])
+    assert verdict["outcome"] == "blind-spot" and "sees a gain on few pictures" in " ".join(verdict["words"])
     bounded = document([0.3, 0.5], None)
     bounded["reward"] = card("it", limits=[0.0, 4.0])
     assert decide(bounded)["budget"] == 4, "a tenth of the range"
