@@ -12,8 +12,8 @@ RULES = (
     "the start; 1 of its card's scale where it has no range.",
     "It has a blind spot where it has risen at some budget and a judge has not risen with it: what was praised is not "
     "in the picture, as far as the judge sees. A judge has risen where its mean gains more than its tie band, and so "
-    "do half of the pictures or more; one picture alone can carry a mean. The smallest such budget is named. Where every "
-    "judge rises too, either the pictures are better or the judges share the blind spot: look at them.",
+    "do half of the pictures or more; one picture alone can carry a mean. The smallest such budget is named. Where "
+    "every judge rises too, either the pictures are better or the judges share the blind spot: look at them.",
 )
 
 
