@@ -18,8 +18,9 @@ import numpy as np
 
 from rewardtune.data.records import RatedImage, read_records
 from rewardtune.pocket.panel import DIMENSIONS, PANEL
-from rewardtune.scorer.evaluate import Ratings, beside_people, measure, pairs_of, predict
+from rewardtune.scorer.evaluate import beside_people, predict
 from rewardtune.scorer.model import load_scorer
+from rewardtune.scoring.agreement import Ratings, measure, pairs_of
 
 ROOT = Path(__file__).parents[2]
 Scores = Mapping[str, float]

@@ -12,8 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from rewardtune import __version__
-from rewardtune.cli import convert as _convert  # noqa: F401  # hangs itself under `rewards`
-from rewardtune.cli import new as _new  # noqa: F401  # so does this
+from rewardtune.cli import calibrate as _calibrate  # noqa: F401  # these hang themselves under `rewards`
+from rewardtune.cli import convert as _convert  # noqa: F401
+from rewardtune.cli import new as _new  # noqa: F401
+from rewardtune.cli import probe as _probe  # noqa: F401
 from rewardtune.cli.command import Json, command, printable, quiet_stdout, show, show_json, show_table
 from rewardtune.cli.data import data
 from rewardtune.cli.lists import add_lists

@@ -6,23 +6,18 @@ content security policy names its one style sheet and its one script by hash, so
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rewardtune.compare.files import plain, write_bytes
 from rewardtune.compare.report import HUMAN, count_words, judge_verdicts, pairs_of, percent, verdict_words
 from rewardtune.compare.sampling import Plan, image_file, image_seed
 from rewardtune.compare.scores import Scored
+from rewardtune.data.images import open_image
+from rewardtune.pages.files import write_bytes
+from rewardtune.pages.html import curve, picture, render_page
 
 _HERE = Path(__file__).parent
-_PIXELATED = 160
-"""Pictures up to this side are enlarged without smoothing, so that their pixels can be judged."""
-_LARGEST = 768
-"""Longer sides are scaled down for the page; images/ has the originals. Ours."""
 
 
 def write_page(folder: Path, document: Mapping[str, Any], scored: Sequence[Scored], plan: Plan) -> None:
@@ -32,79 +27,42 @@ def write_page(folder: Path, document: Mapping[str, Any], scored: Sequence[Score
 
 def render(folder: Path, document: Mapping[str, Any], scored: Sequence[Scored], plan: Plan) -> str:
     """The page's HTML. Reads images from `folder/images/`."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"plain": plain, "percent": percent, "number": number, "p_value": p_value}
-    style = (_HERE / "report.css").read_text(encoding="utf-8")
-    script = (_HERE / "report.js").read_text(encoding="utf-8")
     judge = next((s for s in scored if document["judge"] and s.label == document["judge"]["name"]), None)
     pairs = pairs_of(document["sides"], document["reference"])
     verdicts = {pair: judge_verdicts(judge, *pair).tolist() for pair in pairs} if judge else {}
-    return environment.get_template("report.html.j2").render(
-        document=document,
-        policy=Markup(
-            f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-            "base-uri 'none'; form-action 'none'"
-        ),
-        style=Markup(style),
-        script=Markup(script),
-        contests=[_contest(document, a, b) for a, b in pairs if document["pairs"]],
-        groups=_groups(document, scored),
-        guards=[_guard(name, curve) for name, curve in document.get("guards", {}).items()],
-        rows=[_row(folder, document, scored, plan, judge, verdicts, i) for i in range(len(plan.items))],
-        pairs=pairs,
-        data={"report": document["report"], "sides": document["sides"], "pairs": pairs},
-        human=HUMAN,
-    )
-
-
-def number(value: float) -> str:
-    """A score for people: three significant digits, no exponent for everyday sizes."""
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
+    values = {
+        "document": document,
+        "contests": [_contest(document, a, b) for a, b in pairs if document["pairs"]],
+        "groups": _groups(document, scored),
+        "guards": [_guard(name, watched) for name, watched in document.get("guards", {}).items()],
+        "rows": [_row(folder, document, scored, plan, judge, verdicts, i) for i in range(len(plan.items))],
+        "pairs": pairs,
+        "data": {"report": document["report"], "sides": document["sides"], "pairs": pairs},
+        "human": HUMAN,
+    }
+    script = (_HERE / "report.js").read_text(encoding="utf-8")
+    filters = {"percent": percent, "p_value": p_value}
+    return render_page(_HERE / "report.html.j2", values, script=script, filters=filters)
 
 
 def p_value(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-CHART = (240, 90)
-"""Width and height of a guard's chart, in its own units."""
-MARGIN = 8
-"""Around the points, in the same units: room for the mark of the chosen one."""
-
-
-def _guard(name: str, curve: Mapping[str, Any]) -> dict[str, Any]:
+def _guard(name: str, watched: Mapping[str, Any]) -> dict[str, Any]:
     """A side's guard with its charts: held-out score, trained objective and diversity over optimiser steps."""
-    looks = curve["looks"]
+    looks = watched["looks"]
     titles = {"score": "held-out score", "trained": "trained objective", "diversity": "diversity, of the start's"}
+    steps = [look["step"] for look in looks]
+    chosen = min(range(len(steps)), key=lambda i: abs(steps[i] - watched["exported_step"]))
     charts = []
     for key, title in titles.items():
         values = [look[key] for look in looks]
         if None not in values:
-            charts.append({"title": title, "first": values[0], "last": values[-1],
-                           **_line([look["step"] for look in looks], values, curve["exported_step"])})  # fmt: skip
-    return {"side": name, **curve, "charts": charts}
-
-
-def _line(steps: Sequence[int], values: Sequence[float], chosen: int) -> dict[str, Any]:
-    """Points of a polyline in a frame of CHART, and the one of the chosen step."""
-    width, height = (side - 2 * MARGIN for side in CHART)
-    low, high = min(values), max(values)
-    span, last = (high - low) or 1.0, steps[-1] or 1
-    points = [
-        (round(MARGIN + width * step / last, 1), round(MARGIN + height * (high - value) / span, 1))
-        for step, value in zip(steps, values, strict=True)
-    ]
-    at = min(range(len(steps)), key=lambda i: abs(steps[i] - chosen))
-    return {"points": points, "chosen": points[at], "chosen_value": values[at], "low": low, "high": high}
+            line = curve(steps, values)
+            charts.append({"title": title, "first": values[0], "last": values[-1], **line,
+                           "chosen": line["points"][chosen], "chosen_value": values[chosen]})  # fmt: skip
+    return {"side": name, **watched, "charts": charts}
 
 
 def _contest(document: Mapping[str, Any], a: str, b: str) -> dict[str, Any]:
@@ -190,7 +148,7 @@ def _row(
         "figures": [
             {
                 "side": side,
-                **_picture(folder / "images" / side / image_file(p, k)),
+                **picture(open_image(folder / "images" / side / image_file(p, k))),
                 "scores": [_score(reward, side, i, reward is judge) for reward in scored],
             }
             for side in document["sides"]
@@ -223,26 +181,3 @@ def bars(shares: Sequence[float], *, height: int = 16) -> str:
         tall = round(height * max(share, 0.0) ** 0.5, 1)
         out.append(f"M{5 * k} {height}v-{max(tall, 0.5):g}h4V{height}z")
     return "".join(out)
-
-
-def _picture(path: Path) -> dict[str, Any]:
-    """An image file as a data URI: small ones exactly, large ones scaled down."""
-    from PIL import Image
-
-    from rewardtune.data.images import open_image
-
-    picture = open_image(path)
-    pixelated = max(picture.size) <= _PIXELATED
-    buffer = io.BytesIO()
-    if pixelated:
-        picture.save(buffer, "WEBP", lossless=True, quality=50, method=2)
-    else:
-        if max(picture.size) > _LARGEST:
-            picture.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
-        picture.save(buffer, "WEBP", quality=88, method=4)
-    return {
-        "source": "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(),
-        "pixelated": pixelated,
-        "width": picture.width,
-        "height": picture.height,
-    }

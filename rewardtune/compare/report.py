@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from rewardtune.compare import diversity as diversity_measure
-from rewardtune.compare.files import plain, sha256
 from rewardtune.compare.guards import guard_curve
 from rewardtune.compare.sampling import Plan, image_file
 from rewardtune.compare.scores import Scored
 from rewardtune.compare.sides import Side, reference_side
 from rewardtune.compare.statistics import Clusters, Verdicts, clustered_mean, net_win_rate, verdicts
 from rewardtune.compare.votes import VoteFile, judge_agreement, merge_votes, net_document
+from rewardtune.pages.files import plain, sha256
 
 FEW_PROMPTS = 50
 """Below this, intervals are wide and the bootstrap's own are a little short. Ours."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rewardtune.compare.files import plain, write_bytes
 from rewardtune.compare.page import write_page
 from rewardtune.compare.report import add_votes, measure_diversity, report_id, summarise
 from rewardtune.compare.sampling import Plan, sample_sides
@@ -19,6 +18,7 @@ from rewardtune.compare.scores import Panel, Scored, choose_rewards, read_scores
 from rewardtune.compare.sides import Side, first_recipe, resolve_sides
 from rewardtune.compare.votes import read_votes
 from rewardtune.errors import CheckFailed, DataError, RecipeError
+from rewardtune.pages.files import plain, write_bytes
 from rewardtune.recipe.rewards import RewardSection
 from rewardtune.recipe.sections import CompareSection
 from rewardtune.scoring.score import best_device, parse_spec, parse_specs

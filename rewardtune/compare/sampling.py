@@ -18,8 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rewardtune.compare.files import sha256, write_bytes
 from rewardtune.compare.sides import Side, lora_file
+from rewardtune.pages.files import sha256, write_bytes
 from rewardtune.plugins import AnyPipeline, Guidance
 from rewardtune.progress import Progress
 from rewardtune.randomness import key

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rewardtune.compare.files import csv_cell, write_bytes
 from rewardtune.compare.sampling import Plan, image_file, image_seed
 from rewardtune.errors import DataError, RecipeError
+from rewardtune.pages.files import csv_cell, write_bytes
 from rewardtune.progress import Progress
 from rewardtune.recipe.rewards import RewardSection
 from rewardtune.scoring.score import ImageScore, card_document, score_files

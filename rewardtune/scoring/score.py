@@ -61,7 +61,7 @@ def score_images(
     name, options = parse_spec(spec)
     card: RewardCard = registry.rewards.card(name)
     files, captions = find_images(Path(images))
-    texts = _prompts_for(files, captions, prompts)
+    texts = prompts_for(files, captions, prompts)
     if texts is None and card.needs_prompt:
         raise RecipeError(
             f"reward {name!r} judges an image by its prompt, and none is given. Add --prompts FILE with one line for "
@@ -119,9 +119,17 @@ def score_files(
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """`NAME[:option=value,...]` -> name and options; values are JSON where they read as such, else words."""
+    """`NAME[:option=value,...]` -> name and options; values are JSON where they read as such, else words.
+
+    `NAME:{"option": value}` is taken too, for values that hold a comma.
+    """
     name, colon, rest = spec.partition(":")
     options: dict[str, Any] = {}
+    if rest.startswith("{"):
+        try:
+            options, rest, colon = dict(json.loads(rest)), "", ""
+        except ValueError as error:
+            raise RecipeError(f"reward {spec!r}: what follows the name is not a JSON object ({error}).") from error
     for piece in rest.split(",") if colon else ():
         option, equals, value = piece.partition("=")
         if not equals or not option.strip():
@@ -149,7 +157,12 @@ def parse_specs(text: str) -> list[str]:
 
 
 def find_images(source: Path) -> tuple[list[Path], list[Prompt] | None]:
-    """Image files, and their prompts where a manifest gives one to every row. Raises DataError when there are none."""
+    """Image files of a folder, a manifest or a picture, and their prompts where a manifest gives one to every row.
+
+    Raises DataError when there are none.
+    """
+    if source.is_file() and source.suffix.lower() in _SUFFIXES:
+        return [source], None
     if source.is_dir():
         found = sorted(f for f in source.iterdir() if f.suffix.lower() in _SUFFIXES)
         if not found:
@@ -216,9 +229,8 @@ def _plain(score: Score) -> Iterator[ImageScore]:
         )
 
 
-def _prompts_for(
-    files: Sequence[Path], captions: list[Prompt] | None, source: str | Path | None
-) -> list[Prompt] | None:
+def prompts_for(files: Sequence[Path], captions: list[Prompt] | None, source: str | Path | None) -> list[Prompt] | None:
+    """A prompt an image: those of the file `source`, else those of the manifest; None where there are none."""
     if source is None:
         return captions
     from rewardtune.data.records import read_prompts

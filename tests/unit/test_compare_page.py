@@ -21,11 +21,11 @@ import pytest
 import tiny_comparison as tiny
 from PIL import Image
 
-from rewardtune.compare.files import csv_cell, plain, write_bytes
 from rewardtune.compare.page import bars, render
 from rewardtune.compare.report import headline, pairs_of
 from rewardtune.compare.scores import samples_csv
 from rewardtune.errors import DiskError
+from rewardtune.pages.files import csv_cell, plain, write_bytes
 from rewardtune.recipe.sections import DirectRewardRecipe
 
 PAYLOADS = [

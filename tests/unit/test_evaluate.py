@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rewardtune.scorer.evaluate import Ratings, calibration_error, flat, measure
+from rewardtune.scoring.agreement import Ratings, calibration_error, flat, measure
 
 
 def ratings(rows: list[tuple[int, int, float, float]], confidence: float = 0.5, agreed: float = 0.5) -> Ratings:

@@ -1,4 +1,4 @@
-"""Writing what `compare` leaves behind: whole files or none, and text that is safe where it is shown."""
+"""Writing what a command leaves behind: whole files or none, and text that is safe where it is shown."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""What the pages of `compare`, `rewards calibrate` and `rewards probe` share: look, policy, pictures, curves."""
