@@ -215,6 +215,7 @@ def test(scorer: str, out: Path, *, reasoning: int, share: float) -> None:
     from rewardtune.data.records import read_records
     from rewardtune.scorer import evaluate
     from rewardtune.scorer.model import load_scorer
+    from rewardtune.scoring import agreement
 
     groups = read_records(DATA / "test.jsonl")
     groups = groups[: max(100, int(share * len(groups)))]
@@ -223,16 +224,16 @@ def test(scorer: str, out: Path, *, reasoning: int, share: float) -> None:
     predicted, tokens = evaluate.predict(loaded, groups, batch_size=64, reasoning=reasoning)
     seconds = time.perf_counter() - started
     ratings = evaluate.beside_people(loaded, groups, predicted)
-    figures = evaluate.measure(ratings, loaded.dimensions)
-    pairs = evaluate.pairs_of(ratings)
-    right, wide = pairs.predicted * pairs.human > 0, np.abs(pairs.human) > evaluate.MARGIN + 1e-9
+    figures = agreement.measure(ratings, loaded.dimensions)
+    pairs = agreement.pairs_of(ratings)
+    right, wide = pairs.predicted * pairs.human > 0, np.abs(pairs.human) > agreement.MARGIN + 1e-9
     counts = [np.bincount(pairs.group, weights=w, minlength=len(groups))
               for w in (right & wide, wide, right & ~wide, ~wide)]  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(out.with_suffix(".npz"), pairs=np.stack(counts, 1).astype(np.uint16))
-    bins = np.minimum((ratings.confidence * evaluate.BINS).astype(int), evaluate.BINS - 1)
+    bins = np.minimum((ratings.confidence * agreement.BINS).astype(int), agreement.BINS - 1)
     reliability = [[int((bins == b).sum()), float(ratings.confidence[bins == b].sum()),
-                    float(ratings.agreed[bins == b].sum())] for b in range(evaluate.BINS)]  # fmt: skip
+                    float(ratings.agreed[bins == b].sum())] for b in range(agreement.BINS)]  # fmt: skip
     document = {
         **figures, "tokens_per_score": round(tokens, 2), "groups": len(groups), "reliability": reliability,
         "seconds_per_score": seconds / (len(predicted) * len(loaded.dimensions)),
@@ -248,6 +249,7 @@ def curve(scorer: str, run: Path, out: Path, *, share: float) -> None:
     from rewardtune.data.records import read_records
     from rewardtune.scorer import evaluate
     from rewardtune.scorer.model import load_scorer
+    from rewardtune.scoring import agreement
 
     groups = read_records(DATA / "development.jsonl")[: max(20, int(100 * share))]
     config = json.loads((run / "recipe.json").read_text())
@@ -264,7 +266,7 @@ def curve(scorer: str, run: Path, out: Path, *, share: float) -> None:
         said = np.minimum((predicted.cumsum(-1) <= chance).sum(-1), len(levels) - 1)
         row: dict[str, float] = {"step": step}
         for name, shares in (("expectation", predicted), ("text", np.eye(len(levels))[said])):
-            figures = evaluate.measure(evaluate.beside_people(loaded, groups, shares), loaded.dimensions, resamples=0)
+            figures = agreement.measure(evaluate.beside_people(loaded, groups, shares), loaded.dimensions, resamples=0)
             row |= {f"{name}/hpa": figures["hpa"], f"{name}/margin_hpa": figures["margin_hpa"]}
         rows.append(row)
     out.write_text(json.dumps({"groups": len(groups), "rows": rows}, indent=1) + "\n")
