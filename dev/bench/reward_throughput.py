@@ -231,6 +231,8 @@ def compare(kind: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
                 if turn >= WARM:
                     arms[arm].append(answer)
     document: dict[str, Any] = {
+        "repeats": args.repeats,
+        "load": os.getloadavg()[0],
         "reference": KINDS[kind],
         "versions": {arm: worker.versions for arm, worker in workers.items()},
     }
@@ -290,10 +292,8 @@ def main() -> None:
     document = {
         "what": f"seconds for {args.pictures} pictures of {SIDE} x {SIDE}, from memory to numbers, without gradient; "
         "throughput ratio above 1: rewardtune is faster",
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": args.threads,
-                    "load": os.getloadavg()[0]},
+        "machine": {"cpu": platform.processor() or platform.machine(), "threads": args.threads},
         "python": platform.python_version(),
-        "repeats": args.repeats,
         "rewards": found,
     }  # fmt: skip
     args.out.write_text(json.dumps(document, indent=1) + "\n")
