@@ -82,7 +82,7 @@ class BlipReward(nn.Module):
         self.vision = BlipVisionModel(vision)
         for block in self.vision.encoder.layers:
             block.self_attn = Attention(block.self_attn)
-            block.mlp.activation_fn = Gelu()
+            block.mlp.activation_fn = Gelu()  # type: ignore[union-attr]
         self.text = BlipTextModel(text, add_pooling_layer=False)
         # no activation between them: the published head is one affine map, kept in parts as its weights are
         self.head = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(head))
