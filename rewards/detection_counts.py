@@ -67,16 +67,24 @@ class DetectionCounts:
         """Load detector and processor, frozen. RecipeError where the checkpoint is no object detector."""
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+        from rewardtune.backbones.weights import check_all_there
+
         revision = config.revision or PINNED.get(config.checkpoint)
+        where = f"reward 'detection-counts': checkpoint {config.checkpoint!r}"
         try:
             # the processors that go through Pillow: those of torchvision are not for here
             processor = AutoImageProcessor.from_pretrained(config.checkpoint, revision=revision, backend="pil")
-            model = AutoModelForObjectDetection.from_pretrained(config.checkpoint, revision=revision)
-        except (OSError, ValueError) as error:
+            loaded: Any = AutoModelForObjectDetection.from_pretrained(
+                config.checkpoint, revision=revision, output_loading_info=True
+            )
+        except Exception as error:  # huggingface_hub, safetensors and transformers each raise their own
             raise RecipeError(
-                f"reward 'detection-counts': checkpoint {config.checkpoint!r} is no object detector of transformers "
-                f"that can be loaded: {' '.join(str(error).split())[:300]}"
+                f"{where} is no object detector of transformers that can be loaded: "
+                f"{' '.join(str(error).split())[:300]} Give the folder or hub id of one, such as {CHECKPOINT}, or "
+                "fetch its files again where they are damaged."
             ) from error
+        model, report = loaded
+        check_all_there(model, report["missing_keys"], what=where)
         return cls(model.to(device).eval().requires_grad_(False), processor, config)
 
     def count(self, images: Tensor) -> list[Counter[str]]:

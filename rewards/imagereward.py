@@ -27,7 +27,7 @@ FILE = "ImageReward.pt"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the head's output over the authors' data (ImageReward/ImageReward.py)."""
 TOKENS = 35
-"""Every prompt is padded or cut to so many."""
+"""Every prompt is cut to so many. The reference also fills it up to so many, with tokens that nothing attends to."""
 
 
 class ImageReward:
@@ -105,8 +105,7 @@ class ImageReward:
         from rewardtune.types import Score
 
         words = self.tokenizer(
-            [str(prompt) for prompt in prompts], padding="max_length", truncation=True, max_length=TOKENS,
-            return_tensors="pt",
+            [str(prompt) for prompt in prompts], padding=True, truncation=True, max_length=TOKENS, return_tensors="pt",
         ).to(images.device)  # fmt: skip
         pixels = normalise(shorter_side(images, self.size), CLIP_MEAN, CLIP_STD)
         raw = self.model(pixels, words["input_ids"], words["attention_mask"])

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
-from rewardtune.errors import DataError
+from rewardtune.errors import DataError, RecipeError
 from rewardtune.plugins import Options, RewardCard
 
 if TYPE_CHECKING:
@@ -98,7 +98,10 @@ class Ocr:
         from rewardtune.backbones.text_recogniser import Recogniser
 
         path = config.recogniser or shipped_recogniser()
-        recogniser = Recogniser(path).to(device).eval()
+        try:
+            recogniser = Recogniser(path).to(device).eval()
+        except RecipeError as error:
+            raise RecipeError(f"reward 'ocr': recogniser {error}") from error
         return cls(recogniser, config, TextReader(enlarge=False) if config.region == "detect" else None)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Score:

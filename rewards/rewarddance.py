@@ -75,8 +75,8 @@ class RewardDance:
         from rewardtune.scorer.model import load_scorer
 
         scorer = load_scorer(
-            config.checkpoint, revision=config.revision, rubric=config.rubric, dtype=getattr(torch, config.dtype),
-            device=device,
+            config.checkpoint, what=f"reward {cls.card.name!r}: checkpoint", revision=config.revision,
+            rubric=config.rubric, dtype=getattr(torch, config.dtype), device=device,
         )  # fmt: skip
         freeze(scorer.model, gradient_checkpointing=config.gradient_checkpointing)
         return cls(load_comparer(scorer), config)

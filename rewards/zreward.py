@@ -73,8 +73,9 @@ class ZReward:
 
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
         scorer = load_scorer(
-            config.checkpoint, revision=config.revision, rubric=config.rubric, dtype=dtype, device=device
-        )
+            config.checkpoint, what=f"reward {cls.card.name!r}: checkpoint", revision=config.revision,
+            rubric=config.rubric, dtype=dtype, device=device,
+        )  # fmt: skip
         return cls(scorer, checkpoint=config.checkpoint, revision=config.revision)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Score:

@@ -6,8 +6,8 @@ themselves would become noise that the recogniser alone can read, so (all number
   - every view is drawn anew: bolder or thinner, stretched, slanted, bent, blurred, in other colours, with noise;
   - every second view has the letters in random order: each must be readable by itself, not as part of a word;
   - little ink and short outlines are preferred.
-Prints seconds and readings, by the recogniser itself and by tesseract where it is installed (a reader that had no part
-in it); writes a picture a word and seed, and words.json.
+Prints seconds and readings, by the recogniser itself and by two that had no part in it: tesseract where it is
+installed, another generation of PP-OCR where --reader names its file. Writes a picture a word and seed, and words.json.
 """
 
 from __future__ import annotations
@@ -145,10 +145,12 @@ def main() -> None:
     parser.add_argument("words", nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--reader", type=Path, help="another PP-OCR recogniser as .onnx, which reads the result")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     reward = load_reward("ocr", region="whole", pad=False)
+    reader = load_reward("ocr", region="whole", recogniser=str(given.reader)) if given.reader else None
     rows = []
     for text in given.words:
         for seed in given.seeds:
@@ -158,6 +160,7 @@ def main() -> None:
             with torch.no_grad():
                 picture = word.picture(3)
                 ((line,),) = reward.read(picture, [Prompt("", {"text": text})])
+                other = reader.read(picture, [Prompt("", {"text": text})])[0][0].read if reader else None
             file = given.out / f"{text}-{seed}.png"
             to_pil(picture)[0].save(file)
             rows.append(
@@ -168,6 +171,7 @@ def main() -> None:
                     "cpu_seconds": round(cpu, 1),
                     "log_likelihood": round(line.log_likelihood.item(), 4),
                     "recogniser": line.read,
+                    "reader": other,
                     "tesseract": tesseract(file),
                 }
             )

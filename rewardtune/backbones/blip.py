@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewardtune.backbones.weights import check_keys, fill
@@ -40,6 +41,36 @@ UNUSED = re.compile(r"^blip\.(vision_proj|text_proj)\.|\.position_ids$")
 """In the file for BLIP's contrastive loss; no score reads it."""
 
 
+class Attention(nn.Module):
+    """The vision tower's attention by torch's fused kernel, under the same names.
+
+    transformers' own writes out the (B, heads, T, T) weights several times: more time, and more to keep for the way
+    back.
+    """
+
+    def __init__(self, plain: Any) -> None:
+        """plain: transformers' `BlipAttention`."""
+        super().__init__()
+        self.heads, self.qkv, self.projection = plain.num_heads, plain.qkv, plain.projection
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        """(B, T, D) -> the same, and no weights to look at."""
+        parts = self.qkv(hidden_states).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(parts[0], parts[1], parts[2])
+        return self.projection(mixed.transpose(1, 2).flatten(2)), None
+
+
+class Gelu(nn.Module):
+    """GELU, in place where no gradient is wanted: what goes in is a linear map's output, which nothing else reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape, kept."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return F.gelu(x)
+        found: Tensor = torch.ops.aten.gelu_(x)
+        return found
+
+
 class BlipReward(nn.Module):
     """pixels, ids -> (B,) fp32, before the scale of the reward."""
 
@@ -49,6 +80,9 @@ class BlipReward(nn.Module):
         from transformers import BlipTextModel, BlipVisionModel
 
         self.vision = BlipVisionModel(vision)
+        for block in self.vision.encoder.layers:
+            block.self_attn = Attention(block.self_attn)
+            block.mlp.activation_fn = Gelu()  # type: ignore[union-attr]
         self.text = BlipTextModel(text, add_pooling_layer=False)
         # no activation between them: the published head is one affine map, kept in parts as its weights are
         self.head = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(head))

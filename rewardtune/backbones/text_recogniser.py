@@ -37,7 +37,8 @@ class Recogniser(nn.Module):
         characters = self.graph.metadata.get("character", "").splitlines()
         if not characters:
             raise RecipeError(
-                f"{path}: the file has no list of characters (metadata `character`), so it is no PP-OCR recogniser."
+                f"{path}: the file has no list of characters (metadata `character`), so it is no PP-OCR recogniser. "
+                "Give one as .onnx, as rapidocr brings them."
             )
         self.alphabet = ("", *characters, " ")
         self._index = {character: i for i, character in enumerate(self.alphabet)}

@@ -7,7 +7,7 @@ plain containers only.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,14 @@ def read_weights(path: Path, *, reward: str, key: str | None = None) -> dict[str
     if key is not None and isinstance(found, Mapping) and path.suffix != ".safetensors":
         if key not in found:
             shown = ", ".join(map(str, list(found)[:5]))
-            raise RecipeError(f"reward {reward!r}: {path} has no {key!r} (it has {shown}): weights of another model.")
+            raise RecipeError(
+                f"reward {reward!r}: {path} has no {key!r} (it has {shown}): weights of another model. {_other(reward)}"
+            )
         found = found[key]
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise RecipeError(f"reward {reward!r}: {path} is not a table of tensors by name: weights of another model.")
+        raise RecipeError(
+            f"reward {reward!r}: {path} is not a table of tensors by name: weights of another model. {_other(reward)}"
+        )
     return dict(found)
 
 
@@ -138,6 +142,24 @@ def check_keys(
     ]
     if told:
         raise RecipeError(
-            f"reward {reward!r}: {source} holds the weights of another model: {'; '.join(told)}. Give the file that "
-            f"the card names (`rewardtune rewards show {reward}`), or one of the same architecture."
+            f"reward {reward!r}: {source} holds the weights of another model: {'; '.join(told)}. {_other(reward)}"
         )
+
+
+def check_all_there(model: Any, missing: Iterable[str], *, what: str) -> None:
+    """After transformers' `from_pretrained`, which draws weights that its files lack at random, with a warning.
+
+    missing: its `missing_keys`. what: whose files, for the message. Raises RecipeError; buffers may be missing.
+    """
+    gone = set(missing)
+    lacking = [name for name, _ in model.named_parameters() if name in gone]
+    if lacking:
+        raise RecipeError(
+            f"{what}: its files lack {len(lacking)} weights of a {model.config.model_type} model "
+            f"({', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}): they are another model's, or not all "
+            "there. Fetch them again, or give the model that its config.json tells of."
+        )
+
+
+def _other(reward: str) -> str:
+    return f"Give the file that the card names (`rewardtune rewards show {reward}`), or one of the same architecture."

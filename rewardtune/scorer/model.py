@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rewardtune.backbones.weights import check_all_there
 from rewardtune.data.references import resolve
 from rewardtune.errors import DataError, RecipeError
 from rewardtune.scorer.patches import Geometry, patchify, read_geometry
@@ -170,7 +171,8 @@ def load_model(
 ) -> VisionLanguageModel:
     """A model from a folder, an export, `pocket:<name>` or a hub id; frozen, in eval mode.
 
-    what: who asks for it, for messages. Raises RecipeError: no such model, or not an image-text model of this kind.
+    what: who asks for it, for messages. Raises RecipeError: no such model, not an image-text model of this kind, or
+    weights that are damaged or another model's.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
@@ -179,9 +181,6 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            path, revision=revision, dtype=dtype, use_safetensors=True
-        )
     except (OSError, ValueError, KeyError) as error:
         raise RecipeError(
             f"{what} {str(reference)!r} does not load: {' '.join(str(error).split())[:400]} Give the folder of an "
@@ -191,6 +190,17 @@ def load_model(
         raise RecipeError(
             f"{what} {str(reference)!r} is a {config.model_type} model; it must be a Qwen-VL model (qwen3_5, qwen3_vl)."
         )
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            path, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # huggingface_hub, safetensors and transformers each raise their own
+        raise RecipeError(
+            f"{what} {str(reference)!r}: its weights do not load: {' '.join(str(error).split())[:400]} The file is "
+            "missing, damaged or of another model; fetch it again, or give a folder with config.json and safetensors."
+        ) from error
+    model, report = loaded
+    check_all_there(model, report["missing_keys"], what=f"{what} {str(reference)!r}")
     return VisionLanguageModel(
         model=model.to(device).requires_grad_(False).eval(),
         tokenizer=tokenizer,
@@ -203,6 +213,7 @@ def load_model(
 def load_scorer(
     reference: str | Path,
     *,
+    what: str = "scorer",
     revision: str | None = None,
     rubric: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
@@ -210,10 +221,11 @@ def load_scorer(
 ) -> Scorer:
     """A scorer from a folder, an export, `pocket:<name>` or a hub id; frozen, in eval mode.
 
-    rubric: a file; the checkpoint's own `rubric.json` when None, and the shipped one where it has none.
-    Raises RecipeError: no such model, not an image-text model, or levels that are not single tokens.
+    what: who asks for it, for messages. rubric: a file; the checkpoint's own `rubric.json` when None, and the shipped
+    one where it has none. Raises RecipeError: no such model, not an image-text model, weights that are damaged or
+    another model's, or levels that are not single tokens.
     """
-    loaded = load_model(reference, what="scorer", revision=revision, dtype=dtype, device=device)
+    loaded = load_model(reference, what=what, revision=revision, dtype=dtype, device=device)
     own = loaded.folder is not None and (loaded.folder / FILE).is_file()
     chosen = load_rubric(rubric if rubric is not None else loaded.folder if own else None)
     return Scorer(

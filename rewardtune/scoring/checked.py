@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rewardtune.errors import DataError, NonFiniteError
+from rewardtune.errors import DataError, NonFiniteError, RewardTuneError
 from rewardtune.plugins import Reward, RewardCard
 from rewardtune.types import Score
 
@@ -35,7 +36,7 @@ class Checked:
         """
         check_images(self.card.name, images)
         check_prompts(self.card, prompts, len(images))
-        with torch.autocast(images.device.type, enabled=False):
+        with named(self.card.name), torch.autocast(images.device.type, enabled=False):
             score = self.reward.score(images.float(), prompts)
         check_score(self.card.name, score, len(images))
         return score
@@ -44,6 +45,18 @@ class Checked:
         if name == "reward":  # not set yet, as while unpickling: no reward to ask
             raise AttributeError(name)
         return getattr(self.reward, name)
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """What goes wrong inside, where loaders and servers know of no reward, is told with the reward's name."""
+    try:
+        yield
+    except RewardTuneError as error:
+        told = str(error)
+        if repr(name) in told or told.startswith(f"{name}:"):
+            raise
+        raise type(error)(f"reward {name!r}: {told}") from error
 
 
 def check_images(name: str, images: Any) -> None:

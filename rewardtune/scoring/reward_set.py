@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rewardtune.errors import DataError
 from rewardtune.plugins import Reward
-from rewardtune.scoring.checked import Checked, check_score
+from rewardtune.scoring.checked import Checked, check_score, named
 from rewardtune.scoring.mixing import Mixing
 from rewardtune.scoring.objective import Statistic, expectation
 from rewardtune.types import Prompt, Score
@@ -43,7 +43,8 @@ def load_reward(name: str, *, device: str = "cpu", **options: Any) -> Reward:
         raise RecipeError(
             f"reward {name!r} does not take these options: {problems}. `rewardtune rewards show {name}` lists them."
         ) from error
-    return Checked(plugin.load(config, device=device), config)
+    with named(name):
+        return Checked(plugin.load(config, device=device), config)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,12 @@ class RemoteReward:
             ) from None
         except Refused as refused:
             raise self._error(refused) from None
-        if found.get("protocol") != wire.PROTOCOL:
+        if "protocol" not in found:
+            raise RecipeError(
+                f"something answers at {self.url}, but no reward. Is it `{SERVE}` that runs there? Give the address "
+                "that it printed as url."
+            )
+        if found["protocol"] != wire.PROTOCOL:
             raise RecipeError(
                 f"{self.url} speaks protocol {found.get('protocol')!r} (rewardtune {found.get('version')}), this side "
                 f"protocol {wire.PROTOCOL}. Install the same version of rewardtune on both sides."

@@ -38,19 +38,6 @@ def backend(name) -> Backend:
     return BACKENDS[name]
 
 
-@pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """Options of a backend, whose weights are written once."""
-    options: dict[str, dict] = {}
-
-    def make(name: str) -> dict:
-        if name not in options:
-            options[name] = BACKENDS[name].make(tmp_path_factory.mktemp(name))
-        return options[name]
-
-    return make
-
-
 def test_every_reward_of_the_table_is_tested():
     assert {backend.name for backend in BACKENDS.values()} == set(TABLE)
 

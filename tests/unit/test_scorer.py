@@ -284,7 +284,7 @@ def test_what_is_no_scorer_is_refused(tmp_path: Path):
     with pytest.raises(RecipeError, match="no such folder"):
         load_scorer(tmp_path / "nothing")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(RecipeError, match="does not load"):
+    with pytest.raises(RecipeError, match="is a bert model"):
         load_scorer(tmp_path)
 
 
