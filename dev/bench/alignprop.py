@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -60,6 +61,8 @@ def build(folder: Path) -> None:
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(folder / "pipe")
+    for name in ("vocab.json", "merges.txt"):  # transformers 5 leaves them out, 4 wants them
+        shutil.copy(folder / name, folder / "pipe/tokenizer" / name)
 
 
 def theirs(folder: Path, steps: int, mode: str) -> Callable[[], float]:
@@ -110,7 +113,7 @@ def ours(folder: Path, steps: int, mode: str) -> Callable[[], float]:
     load_plugin(str(Path(__file__).parents[2] / "tests" / "unit" / "redness.py"))
     recipe = DirectRewardRecipe.model_validate({
         "task": "direct_reward", "pipeline": {"model": str(folder / "pipe")},
-        "lora": {"rank": RANK, "targets": {"unet": ["to_q", "to_k", "to_v", "to_out.0"]}},
+        "lora": {"rank": RANK, "targets": ["to_q", "to_k", "to_v", "to_out.0"]},
         "data": {"prompts": str(prompts)},
         "rollout": {"steps": STEPS, "guidance": "full", "guidance_scale": GUIDANCE},
         "gradient": {"method": "draft", "last_steps": steps, "memory": mode},
