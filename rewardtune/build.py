@@ -122,6 +122,8 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
         guidance=guidance,
         size=_size(pipeline, rollout),
         sliced=recipe.pipeline.decode == "sliced",
+        # a decoder that leaves for main memory after its work cannot be gone through backwards without coming back
+        recompute_decoder=getattr(recipe.gradient, "memory", "flat") == "flat" or recipe.pipeline.offload,
         seed=recipe.train.seed,
         augmentation=Augmentation(**recipe.augment.model_dump()) if recipe.augment else None,
         samples=samples,

@@ -45,7 +45,8 @@ class Lesson:
 
 
 def lessons(rows: Sequence[Mapping[str, Any]], names: Mapping[str, Sequence[Any]]) -> list[Lesson]:
-    """Of label rows: `facts` and `person`, verdicts in the same order."""
+    """Of label rows: `facts` and `person`, verdicts in the same order; null where two people differ, which teaches
+    nothing."""
     out = []
     for i, row in enumerate(rows):
         said = {(f["kind"], f.get("group")): v for f, v in zip(row["facts"], row["person"], strict=True)}
@@ -53,7 +54,8 @@ def lessons(rows: Sequence[Mapping[str, Any]], names: Mapping[str, Sequence[Any]
             if fact["kind"] == "colour":
                 tint = names["tints"].index(fact["tint"])
                 named, tinted = said["object", fact["group"]], said["colour", fact["group"]]
-                out.append(Lesson(i, names["concepts"].index(fact["concept"]), tint, named, tinted))
+                if named is not None:
+                    out.append(Lesson(i, names["concepts"].index(fact["concept"]), tint, named, bool(tinted)))
     return out
 
 

@@ -9,7 +9,8 @@ from pydantic import Field
 from rewardtune.recipe.section import Fraction, Positive, Section
 
 Memory = Literal["fast", "flat"]
-"""`fast` keeps the graph; `flat` recomputes each step, so that memory does not grow with the number of steps."""
+"""`fast` keeps the graphs of the denoiser and the decoder; `flat` recomputes each step and the decoder, so that memory
+does not grow with the number of steps."""
 
 
 class ReflSection(Section):

@@ -38,7 +38,8 @@ class DirectReward:
     """See `tasks.Task`. method: a `gradients.Method` with its settings bound, or what it
     chooses, for a pipeline that is run as a whole. velocity: weight of the pull to the
     frozen start. sft: a task whose loss is added, and its weight. sliced: decode image by
-    image, so that the decoder's graph is one image's."""
+    image, so that the decoder's graph is one image's. recompute_decoder: decode again on the
+    way back in place of keeping the decoder's graph while the reward's lives."""
 
     def __init__(
         self,
@@ -57,13 +58,15 @@ class DirectReward:
         velocity: float = 0.0,
         sft: tuple[Sft, float] | None = None,
         sliced: bool = False,
+        recompute_decoder: bool = True,
         samples: Callable[[], Tensor | None],
         export: Callable[[Path, Mapping[str, str]], None],
     ) -> None:
         self.pipeline, self.trainable, self.prompts, self.rewards = pipeline, trainable, prompts, rewards
         self.method, self.num_steps, self.guidance, self.size, self.seed = method, num_steps, guidance, size, seed
         self.augmentation, self.samples, self.export = augmentation, samples, export
-        self.balance, self.velocity, self.sft, self.sliced = balance, velocity, sft, sliced
+        self.balance, self.velocity, self.sft = balance, velocity, sft
+        self.sliced, self.recompute_decoder = sliced, recompute_decoder
 
     def batch(self, step: int, indices: Sequence[int]) -> Batch:
         rows = [epoch_index(self.seed, "prompts/order", i, len(self.prompts)) for i in indices]
@@ -102,12 +105,15 @@ class DirectReward:
         keys = [generator(self.seed, "gradient/noise", i) for i in batch.indices]
         draws = Draws(choice(self.seed, "gradient/step", batch.step), keys)
         latents, weights = self.method(chain, batch.noise, draws)
-        # recomputing the decoder keeps its graph away while the reward's lives, and the other way round
-        parts = [
-            checkpoint(self.pipeline.decode, part, use_reentrant=False, preserve_rng_state=False)
-            for part in (latents.split(1) if self.sliced else [latents])
-        ]
+        parts = [self._decode(part) for part in (latents.split(1) if self.sliced else [latents])]
         return torch.cat(parts) if self.sliced else parts[0], weights, chain
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        if not self.recompute_decoder:
+            return self.pipeline.decode(latents)
+        # keeps the decoder's graph away while the reward's lives, and the other way round
+        images: Tensor = checkpoint(self.pipeline.decode, latents, use_reentrant=False, preserve_rng_state=False)
+        return images
 
     def _reward(
         self, images: Tensor, batch: Batch, copies: int, weights: Tensor | None

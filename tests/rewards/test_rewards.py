@@ -25,6 +25,7 @@ RESULTS: dict[str, list[Check]] = {}
 TINY = {
     "data.prompts": "pocket:prompts/train", "rollout.steps": 1, "gradient.last_steps": 1, "lora.rank": 2,
     "train.steps": 1, "train.batch_size": 2, "train.device": "cpu", "checkpoint.every": 1, "samples.prompts": [],
+    "guard": None,
 }  # fmt: skip
 
 

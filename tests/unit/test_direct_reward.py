@@ -112,6 +112,20 @@ def test_batches_are_keyed_by_global_index_alone():
     assert whole.prompts == parts[0].prompts + parts[1].prompts
 
 
+def test_a_kept_decoder_graph_saves_a_decoding_and_changes_nothing(monkeypatch):
+    found = []
+    for recompute in (True, False):
+        task, decoded = build("draft", {"last_steps": 1, "memory": "fast"}, recompute_decoder=recompute), []
+        decode = task.pipeline.decode
+        monkeypatch.setattr(task.pipeline, "decode", lambda z, d=decode, seen=decoded: seen.append(len(z)) or d(z))
+        task.step(task.batch(0, range(2))).loss.backward()
+        parameters = task.trainable["transformer"].named_parameters()
+        found.append((len(decoded), {name: p.grad for name, p in parameters if p.grad is not None}))
+    (twice, again), (once, kept) = found
+    assert (twice, once) == (2, 1)
+    assert kept and all(torch.equal(kept[name], again[name]) for name in kept)
+
+
 def test_gradient_reaches_adapters_only():
     task = build("draft", {"last_steps": 2, "memory": "flat"})
     task.step(task.batch(0, range(2))).loss.backward()
