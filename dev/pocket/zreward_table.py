@@ -29,6 +29,11 @@ BASES = {"teacher": "pocket:teacher-base", "student": "pocket:student-base"}
 SEEDS, FEW = 3, 300
 
 
+def named(path: Path) -> str:
+    """A path as the records of a run should have it: from the repository's root, where everything is run."""
+    return os.path.relpath(path, ROOT)
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table. recipe: None for the untrained base. of: the row whose export is its teacher. reasoning:
@@ -76,9 +81,9 @@ def rows() -> list[Row]:
         Row("risd-mean", "student", "risd", student, ("objective.match=mean",), of=gdso,
             control="only the mean is distilled"),
         Row("risd-labels", "student", "risd", student,
-            ("objective.labels=1.0", f"data.images={DATA / 'labelled.jsonl'}"), of=gdso,
+            ("objective.labels=1.0", f"data.images={named(DATA)}/labelled.jsonl"), of=gdso,
             control="labelled pictures only, labels + KL"),
-        *(Row(f"risd-k{k}", "student", "risd", student, (f"teacher.traces={k}", f"data.images={DATA / 'few.jsonl'}"),
+        *(Row(f"risd-k{k}", "student", "risd", student, (f"teacher.traces={k}", f"data.images={named(DATA)}/few.jsonl"),
               of=gdso, control=f"{k} traces a picture and dimension, {FEW} groups") for k in (1, 4, 8)),
         Row("gdso-no-policy", "student", "gdso", "pocket/teacher-gdso", (*base, "objective.policy=0"), reasoning=1,
             control="without the policy gradient"),
@@ -89,7 +94,7 @@ def rows() -> list[Row]:
         Row("gdso-two-hot", "student", "gdso", "pocket/teacher-gdso", (*base, "objective.target=two-hot"),
             reasoning=1, control="two-hot targets"),
         Row("sft-soft", "student", "sft", "pocket/teacher-sft",
-            (*base, "objective.target=histogram", f"data.records={DATA / 'histograms.jsonl'}"),
+            (*base, "objective.target=histogram", f"data.records={named(DATA)}/histograms.jsonl"),
             control="targets are the annotators' histograms"),
         Row("sft-five-levels", "student", "sft", "pocket/teacher-sft",
             (*base, "objective.target=two-hot", "scorer.rubric=dev/pocket/five_levels.json"),
@@ -146,23 +151,23 @@ class Table:
             self.cores.put(core)
 
     def _train(self, job: Job, core: int) -> None:
-        out = self.runs / job.name
+        out = named(self.runs / job.name)
         options = [f"train.seed={job.seed}", *job.row.options]
         if job.row.curve and job.seed == 0:
             options.append("checkpoint.keep=100")
         if not any(o.startswith("data.") for o in options):
-            name = "images=" + str(DATA / "unlabelled.jsonl") if job.row.of else f"records={DATA / 'labelled.jsonl'}"
+            name = f"images={named(DATA)}/unlabelled.jsonl" if job.row.of else f"records={named(DATA)}/labelled.jsonl"
             options.append(f"data.{name}")
         if job.row.of is not None:
             teacher = self.runs / f"{job.row.of}-s{job.seed}"
-            options.append(f"teacher.model={teacher / 'export'}")
+            options.append(f"teacher.model={named(teacher)}/export")
             if "student-risd" in str(job.row.recipe):
                 traces = next((o.partition("=")[2] for o in options if o.startswith("teacher.traces=")), "2")
                 kind = next(Path(o.partition("=")[2]).stem for o in options if o.startswith("data.images="))
-                options.append(f"teacher.cache={self.runs / f'{teacher.name}-judgements-{kind}-{traces}'}")
+                options.append(f"teacher.cache={named(teacher)}-judgements-{kind}-{traces}")
         if self.share < 1:
             options.append(f"train.steps={max(10, int(self.share * _steps(str(job.row.recipe))))}")
-        self._call(core, sys.executable, "-m", "rewardtune", "train", str(job.row.recipe), *options, "--out", str(out),
+        self._call(core, sys.executable, "-m", "rewardtune", "train", str(job.row.recipe), *options, "--out", out,
                    log=self.runs / f"{job.name}.log")  # fmt: skip
 
     def _call(self, core: int, *command: str, log: Path) -> None:
