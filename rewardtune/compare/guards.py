@@ -8,6 +8,7 @@ from typing import Any
 from rewardtune.compare.sides import Side
 from rewardtune.guard.guard import FOLDER, read_looks
 from rewardtune.guard.verdict import rule_of, verdict
+from rewardtune.recipe.rewards import RewardSection
 from rewardtune.training.run_folder import FINISHED
 
 
@@ -29,7 +30,7 @@ def guard_curve(side: Side) -> dict[str, Any] | None:
         outcome = {}
     first = looks[0].diversity or 1.0
     return {
-        "rewards": [reward.name for reward in side.recipe.guard.rewards],
+        "rewards": [_labelled(reward) for reward in side.recipe.guard.rewards],
         "looks": [
             {"step": look.step, "score": score, "trained": look.trained, "diversity": look.diversity / first,
              "drift": look.drift}
@@ -39,3 +40,9 @@ def guard_curve(side: Side) -> dict[str, Any] | None:
         "exported_step": outcome.get("exported_step", looks[-1].step),
         "reasons": outcome.get("reasons", list(found.reasons)),
     }  # fmt: skip
+
+
+def _labelled(reward: RewardSection) -> str:
+    """With its options: the trained reward may be of the same name."""
+    options = ", ".join(f"{name} {value}" for name, value in reward.options.items())
+    return f"{reward.name} ({options})" if options else reward.name

@@ -223,6 +223,7 @@ def test_rewards_that_do_not_fit_the_data(tmp_path):
     data = write(tmp_path, six_prompts())
     with pytest.raises(DataError, match=r"'tagged' reads 'tag' beside a prompt, and 18 of 18.*\"metadata\": {\"tag\""):
         calibrate(data, ["tagged"], out=tmp_path / "out")
+    data = write(tmp_path, [{**row, "metadata": {"facts": []}} for row in six_prompts()])
     with pytest.raises(DataError, match=r"'pocket-oracle' fails on .*0-10.png \(prompt 'prompt 0'\).*no facts.*--skip"):
         calibrate(data, ["redness", "pocket-oracle"], out=tmp_path / "out")
     with pytest.raises(DataError, match=r"'pocket-oracle' scores none of the 18 pictures.*no facts"):

