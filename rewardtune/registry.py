@@ -125,7 +125,9 @@ class Registry:
                 f"command line (--plugin my_{self.kind}.py), and write its registered name here."
             )
         known = self.names()
-        return f"{self.kind} {name!r} is unknown (there are {', '.join(known) or 'none'}){closest(name, known) or '.'}"
+        guess = closest(name, known) or "."
+        own = " One in a file of your own comes with --plugin FILE.py on the command line."
+        return f"{self.kind} {name!r} is unknown (there are {', '.join(known) or 'none'}){guess}{own}"
 
     def _table(self) -> dict[str, str]:
         try:

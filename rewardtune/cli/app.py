@@ -230,7 +230,7 @@ def compare(
 @command(app, "score")
 def score(
     reward: Annotated[
-        str, typer.Option("--reward", metavar="NAME[:option=value,...]", help="A name of `rewards list`.")
+        list[str], typer.Option("--reward", metavar="NAME[:option=value,...]", help="A name of `rewards list`.")
     ],
     images: Annotated[str, typer.Option("--images", metavar="DIR_OR_MANIFEST", help="A folder, or rows with `image`.")],
     prompts: Annotated[
@@ -244,7 +244,12 @@ def score(
     with quiet_stdout():
         from rewardtune.scoring.score import score_images
 
-        document = score_images(reward, images=images, prompts=prompts, device=device, batch_size=batch_size)
+        if len(reward) > 1:
+            raise RecipeError(
+                f"score takes one --reward, not {len(reward)} ({', '.join(reward)}). Score with each in turn; "
+                "`rewardtune rewards calibrate` sets several beside people's labels."
+            )
+        document = score_images(reward[0], images=images, prompts=prompts, device=device, batch_size=batch_size)
     if as_json:
         show_json(document)
         return

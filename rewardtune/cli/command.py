@@ -10,13 +10,16 @@ import inspect
 import json
 import os
 import sys
+import sysconfig
 import traceback as tracebacks
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import rewardtune
 from rewardtune.errors import RewardTuneError
 
 OUR_FAULT = 70
@@ -85,8 +88,22 @@ def errors_as_paragraphs(*, traceback: bool) -> Iterator[None]:
     except OSError as error:
         _leave(error, f"the system refused: {error}", DISK, traceback=traceback)
     except Exception as error:
-        said = f"unexpected {type(error).__name__}: {error} (this is a fault of rewardtune; --traceback shows where)"
+        where = _elsewhere(error)
+        whose = f"raised in {where}, a plug-in's file" if where else "this is a fault of rewardtune"
+        said = f"unexpected {type(error).__name__}: {error} ({whose}; --traceback shows more)"
         _leave(error, said, OUR_FAULT, traceback=traceback)
+
+
+def _elsewhere(error: BaseException) -> str:
+    """File and line of the innermost code that is neither ours nor an installed package's, if there is any."""
+    ours, installed = str(Path(rewardtune.__file__).parent), ("site-packages", "dist-packages", "<")
+    beside = tuple(str(Path(ours).parent / name) for name in ("rewards", "pipelines"))  # of a checkout
+    standard = sysconfig.get_paths()["stdlib"]
+    for frame in reversed(tracebacks.extract_tb(error.__traceback__)):
+        file = frame.filename
+        if not file.startswith((ours, *beside, standard)) and not any(part in file for part in installed):
+            return f"{file}, line {frame.lineno}"
+    return ""
 
 
 def _leave(error: BaseException, said: str, code: int, *, traceback: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +106,9 @@ class DirectReward:
         keys = [generator(self.seed, "gradient/noise", i) for i in batch.indices]
         draws = Draws(choice(self.seed, "gradient/step", batch.step), keys)
         latents, weights = self.method(chain, batch.noise, draws)
-        parts = [self._decode(part) for part in (latents.split(1) if self.sliced else [latents])]
+        decode = self.pipeline.decode if not self.recompute_decoder else partial(_again, self.pipeline.decode)
+        parts = [decode(part) for part in (latents.split(1) if self.sliced else [latents])]
         return torch.cat(parts) if self.sliced else parts[0], weights, chain
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        if not self.recompute_decoder:
-            return self.pipeline.decode(latents)
-        # keeps the decoder's graph away while the reward's lives, and the other way round
-        images: Tensor = checkpoint(self.pipeline.decode, latents, use_reentrant=False, preserve_rng_state=False)
-        return images
 
     def _reward(
         self, images: Tensor, batch: Batch, copies: int, weights: Tensor | None
@@ -155,3 +150,9 @@ class DirectReward:
 
     def _generators(self, indices: Sequence[int]) -> list[torch.Generator]:
         return [generator(self.seed, "rollout/noise", i) for i in indices]
+
+
+def _again(decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
+    """Decoded now and again on the way back: the decoder's graph and the reward's never coexist."""
+    images: Tensor = checkpoint(decode, latents, use_reentrant=False, preserve_rng_state=False)
+    return images

@@ -81,7 +81,8 @@ def test_an_unknown_name_gets_a_suggestion(rewards):
     said = refusal(rewards, "zrewrd")
     assert "did you mean 'zreward'?" in said
     assert "pocket-oracle" in said
-    assert refusal(rewards, "qqqqqq").endswith(").")
+    far = refusal(rewards, "qqqqqq")
+    assert "did you mean" not in far and "--plugin" in far
 
 
 @pytest.mark.parametrize("name", ["os:system", "evil_module:Reward", "evil_module.Reward", "./evil_module.py"])

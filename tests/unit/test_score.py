@@ -217,3 +217,30 @@ def test_unknown_reward_is_suggested(tmp_path: Path) -> None:
     save(tmp_path / "1.png", 255)
     with pytest.raises(ImportError, match="test-redness"):
         score_images("test-rednes", images=tmp_path, device="cpu")
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    """Exit code and standard error of `rewardtune score WORDS`."""
+    from rewardtune.cli.app import app
+
+    with pytest.raises(SystemExit) as left:
+        app(["score", *words])
+    return int(left.value.code or 0), capsys.readouterr().err
+
+
+def test_a_crash_in_a_file_of_ones_own_names_that_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    plugin = tmp_path / "crashing.py"
+    plugin.write_text(
+        "import rewardtune as rt\n\n\n@rt.register_reward_function('score-crashes', needs_prompt=False)\n"
+        "def crash(images, prompts):\n    return [1 / 0 for _ in images]\n"
+    )
+    code, said = run(capsys, "--reward", "score-crashes", "--plugin", str(plugin), "--images", str(tmp_path))
+    assert code == 70 and "ZeroDivisionError" in said
+    assert f"raised in {plugin}, line 6" in said and "fault of rewardtune" not in said
+
+
+def test_a_second_reward_is_not_dropped_in_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    code, said = run(capsys, "--reward", "jpeg-size", "--reward", "zreward", "--images", str(tmp_path))
+    assert code == 2 and "takes one --reward, not 2 (jpeg-size, zreward)" in said
