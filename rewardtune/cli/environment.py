@@ -255,9 +255,10 @@ def _version(name: str) -> str | None:
 
 
 def _third_parties() -> list[str]:
-    """Names that come from other packages, with their source; nothing of them runs."""
+    """Names that come from other packages or files, with their source; nothing of them runs. Nobody's home is named."""
+    home = str(Path.home()).rstrip("/") or "\0"  # a container may have / for a home
     return [
-        f"{name} ({kind.source(name)})"
+        f"{name} ({kind.source(name).replace(home, '~')})"
         for kind in (registry.rewards, registry.pipelines)
         for name in kind.names()
         if kind.source(name) != registry.BUILT_IN

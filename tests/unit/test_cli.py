@@ -307,13 +307,16 @@ def test_a_shipped_recipe_can_be_copied_and_shown(run, folder):
     assert (folder / "there" / "base-sft.yaml").exists()
 
 
-def test_env_is_a_block_to_paste(run):
-    code, out, _ = run("env")
+def test_env_is_a_block_to_paste(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    plugin = tmp_path / "at_home.py"
+    plugin.write_text("import rewardtune as rt\n\nrt.register_reward_function('env-at-home')(len)\n")
+    code, out, _ = run("env", "--plugin", str(plugin))
     assert code == 0
     assert all(line.startswith("- ") for line in out.splitlines())
     assert f"- rewardtune: {__version__}" in out
     assert "- torch: " in out
-    assert os.path.expanduser("~") not in out
+    assert str(tmp_path) not in out and "env-at-home" in out
 
 
 def test_doctor_finds_this_machine_fit_and_a_broken_plugin_unfit(run, folder, monkeypatch):
