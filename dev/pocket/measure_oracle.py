@@ -101,9 +101,8 @@ def redrawn(oracle: PocketOracle, again: Callable[[Image.Image, random.Random], 
 
 def card(report: dict[str, Any], training: dict[str, Any]) -> str:
     """The README that goes with the weights."""
-    objects, lessons, clean = training["objects"], training["lessons"], training["cleanliness"]
-    minutes = (objects["seconds"] + lessons["seconds"] + clean["seconds"]) / 60
-    before, after = lessons["course"][0], lessons["course"][-1]
+    objects, clean = training["objects"], training["cleanliness"]
+    minutes = (objects["seconds"] + clean["seconds"]) / 60
 
     def row(name: str, said: dict[str, Any]) -> str:
         right, whole = 100 * said["facts_right"], 100 * said["all_facts"]
@@ -131,11 +130,8 @@ reads objects, tints, sizes, places and background back out of a 64 x 64 picture
 first one's features, says how far the picture is from a clean render of what it shows. It shares with the scorer
 nothing but the artwork: other training pictures, other architecture, other code. No shipped recipe trains on it.
 
-How: `python dev/pocket/train_oracle.py`, {minutes:.0f} minutes on a busy core, seed {objects["seed"]}, batches of
-{objects["batch"]}. {objects["steps"]:,} steps on pictures whose truth is known; {lessons["steps"]:,} more beside
-samples of the pipeline for training prompts, of which people said what they would name (`oracle_lessons.jsonl`: on
-{before["lessons"]} objects kept apart agreement went from {100 * before["agreement"]:.1f} to
-{100 * after["agreement"]:.1f} %); {clean["steps"]:,} steps of the second tower.
+How: `python dev/pocket/train_oracle.py`, {objects["steps"]:,} and {clean["steps"]:,} steps of {objects["batch"]}
+pictures, seed {objects["seed"]}, {minutes:.0f} minutes on a busy core.
 
 | pictures (held-out split, {report["clean"]["pictures"]:,}) | facts right | whole prompts right | cleanliness |
 | --- | --- | --- | --- |

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from oracle_lessons import teach
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,7 +27,6 @@ from rewardtune.pocket.scenes import BACKGROUNDS, CONCEPTS, SIZE, TINTS, paste, 
 
 NAMES = {"concepts": sorted(CONCEPTS), "tints": [None, *sorted(TINTS)], "backgrounds": sorted(BACKGROUNDS)}
 WIDTHS = (32, 64, 96, 96, 144)
-STAGES = ("objects", "lessons", "cleanliness")
 MOST = 4
 """Objects in a training picture, at most."""
 SCALE = 0.08
@@ -390,39 +388,12 @@ def train(
             "seconds": round(time.time() - started)}  # fmt: skip
 
 
-def of_this_world(oracle: Oracle) -> Oracle:
-    """A stored judge that knows concepts which the world no longer has forgets them."""
-    first = sum(oracle.objects.sections[:3])
-    old, kept = oracle.names["concepts"], [oracle.names["concepts"].index(name) for name in NAMES["concepts"]]
-    rows = [*range(first), *(first + i for i in kept), *range(first + len(old), sum(oracle.objects.sections))]
-    state = oracle.state_dict()
-    for name in ("objects.out.weight", "objects.out.bias"):
-        state[name] = state[name][rows]
-    out = Oracle(NAMES, widths=WIDTHS).eval().requires_grad_(False)
-    out.load_state_dict(state)
-    return out
-
-
-def listen(tower: Objects, *, vae: Path, steps: int, size: int, seed: int) -> dict[str, Any]:
-    """The finished first tower learns what people still name, half of each batch being pictures of known truth."""
-    started, latents = time.time(), Latents(vae)
-
-    def drawn(step: int) -> Tensor:
-        # beyond the steps of its first training: pictures that it has not seen
-        x, objects, background, *_ = batch(100_000 + step, size=size // 2, seed=seed, faults=PLAIN, latents=latents)
-        with torch.autocast("cpu", torch.bfloat16):
-            return loss_of_facts(tower(x)[0], objects, background)
-
-    course = teach(tower, NAMES, drawn, steps=steps, size=size, seed=seed)
-    return {"steps": steps, "batch": size, "seed": seed, "course": course, "seconds": round(time.time() - started)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vae", type=Path, required=True)
-    parser.add_argument("--from", dest="start", choices=STAGES, default=STAGES[0], help="keep what earlier stages made")
-    parser.add_argument("--steps", type=int, nargs=3, default=[1900, 600, 1000], help="of the three stages")
+    parser.add_argument("--keep-objects", action="store_true", help="train only cleanliness anew, on the stored tower")
+    parser.add_argument("--steps", type=int, nargs=2, default=[1900, 1000], help="of objects and of cleanliness")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -431,22 +402,16 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     options = {"vae": args.vae, "size": args.batch, "seed": args.seed}
     card = args.out / "training.json"
-    steps = dict(zip(STAGES, args.steps, strict=True))
-    if args.start == "objects":
+    if args.keep_objects:
+        oracle, report = load(args.out), json.loads(card.read_text())
+    else:
         oracle, report = Oracle(NAMES, widths=WIDTHS).eval().requires_grad_(False), {}
         tower = Objects(NAMES, widths=WIDTHS, fused=False)
-        report["objects"] = train(tower, seen_by=None, steps=steps["objects"], **options)
+        report["objects"] = train(tower, seen_by=None, steps=args.steps[0], **options)
         fold(tower, oracle.objects)
         store(oracle, args.out)
-        card.write_text(json.dumps(report, indent=1) + "\n")
-    else:
-        oracle, report = of_this_world(load(args.out)), json.loads(card.read_text())
-    if args.start != "cleanliness":
-        report["lessons"] = listen(oracle.objects, steps=steps["lessons"], **options)
-        store(oracle, args.out)
-        card.write_text(json.dumps(report, indent=1) + "\n")
     second = Cleanliness(widths=WIDTHS, fused=False)
-    report["cleanliness"] = train(second, seen_by=oracle.objects, steps=steps["cleanliness"], **options)
+    report["cleanliness"] = train(second, seen_by=oracle.objects, steps=args.steps[1], **options)
     fold(second, oracle.clean)
     store(oracle, args.out)
     card.write_text(json.dumps(report, indent=1) + "\n")
@@ -457,7 +422,7 @@ def store(oracle: Oracle, folder: Path) -> None:
     """Write the network as float16, and what its outputs mean."""
     state = {k: v.half().contiguous() for k, v in oracle.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"names": NAMES, "widths": list(WIDTHS)}, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps({"names": oracle.names, "widths": list(WIDTHS)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

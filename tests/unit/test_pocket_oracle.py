@@ -35,9 +35,7 @@ def judge() -> PocketOracle:
 
 
 def script(name: str) -> ModuleType:
-    """A script of dev/pocket as a module; it finds the others beside it, as when it is run."""
-    if str(DEV) not in sys.path:
-        sys.path.append(str(DEV))
+    """A script of dev/pocket as a module."""
     spec = importlib.util.spec_from_file_location(f"dev_pocket_{name}", DEV / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
