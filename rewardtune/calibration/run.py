@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,23 +20,11 @@ from rewardtune.calibration.verdict import decide, warnings_of
 from rewardtune.compare.scores import choose_rewards
 from rewardtune.data.records import read_records
 from rewardtune.errors import RecipeError
-from rewardtune.pages.files import write_bytes
+from rewardtune.pages.files import Written, write_bytes
 from rewardtune.recipe.rewards import RewardSection
 from rewardtune.scoring.score import best_device, parse_spec
 
 FILE, PAGE = "calibration.json", "calibration.html"
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What was found. document: what `calibration.json` holds."""
-
-    folder: Path
-    document: dict[str, Any]
-
-    @property
-    def page(self) -> Path:
-        return self.folder / PAGE
 
 
 def calibrate(
@@ -49,7 +36,7 @@ def calibrate(
     device: str | None = None,
     batch_size: int = 8,
     skip_failed: bool = False,
-) -> Calibration:
+) -> Written:
     """Score a team's labelled pictures with every reward, and write `calibration.json` and `calibration.html`.
 
     data: preference records with scores, annotators' scores or choices. rewards: NAME[:option=value,...] each, of any
@@ -79,7 +66,7 @@ def calibrate(
     folder = Path(out)
     write_bytes(folder / FILE, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
     write_bytes(folder / PAGE, render(document).encode())
-    return Calibration(folder, document)
+    return Written(folder, document, folder / PAGE)
 
 
 def summarise(readings: Sequence[Reading], labels: Labels, *, data: str, groups: int, device: str) -> dict[str, Any]:

@@ -6,12 +6,23 @@ import contextlib
 import hashlib
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rewardtune.errors import DiskError
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a command has left behind. document: what its JSON file holds. page: the page for people."""
+
+    folder: Path
+    document: dict[str, Any]
+    page: Path
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from rewardtune.compare.scores import choose_rewards, tie_bands
 from rewardtune.data.images import to_pil
 from rewardtune.errors import MissingExtra, OutOfMemoryError, RecipeError
-from rewardtune.pages.files import write_bytes
+from rewardtune.pages.files import Written, write_bytes
 from rewardtune.plugins import Reward, RewardCard
 from rewardtune.probe.ascent import BUDGETS, REACH, Step, ascend, plan, rounded
 from rewardtune.probe.page import render
@@ -29,18 +29,6 @@ from rewardtune.scoring.score import best_device, card_document, parse_spec
 FILE, PAGE = "probe.json", "probe.html"
 STEPS, PICTURES, LOOKS = 50, 4, 20
 """Ours: about a minute for a small reward on two CPU cores."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What was found. document: what `probe.json` holds."""
-
-    folder: Path
-    document: dict[str, Any]
-
-    @property
-    def page(self) -> Path:
-        return self.folder / PAGE
 
 
 @dataclass
@@ -63,7 +51,7 @@ def probe(
     seed: int = 0,
     out: str | Path = "probe",
     device: str | None = None,
-) -> Probe:
+) -> Written:
     """Climb one reward by pixels alone, let the judges look on, and write `probe.json`, `probe.html` and `images/`.
 
     spec: NAME[:option=value,...] of a differentiable reward. images, prompts: as for `rewardtune score`; without images
@@ -103,7 +91,7 @@ def probe(
     write_bytes(folder / FILE, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
     page = render(document, [{step: seen.shown[step][i] for step in seen.shown} for i in range(len(starts))])
     write_bytes(folder / PAGE, page.encode())
-    return Probe(folder, document)
+    return Written(folder, document, folder / PAGE)
 
 
 # --------------------------------------------------------------------------------------------------------- the rewards
