@@ -304,7 +304,7 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
     config["names"]["concepts"] = config["names"]["concepts"][1:]
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
-    with pytest.raises(DataError, match=r"does not fit config\.json"):
+    with pytest.raises(DataError, match=r"do not fit config\.json"):
         network.load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(DataError, match="cannot be read"):
