@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rewardtune import gradients, registry
 from rewardtune.data.records import read_captioned_images, read_prompts
-from rewardtune.data.references import resolve
+from rewardtune.data.references import resolve, why_not_loaded
 from rewardtune.diffusion import export, lora, offload
 from rewardtune.diffusion.rollout import sample
 from rewardtune.diffusion.schedulers import check_deterministic
@@ -231,8 +231,8 @@ def read_model_index(path: str, revision: str | None) -> Mapping[str, Any]:
             file = Path(hf_hub_download(path, "model_index.json", revision=revision))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise RecipeError(
-                f"pipeline.model {path!r} cannot be fetched from the hub: {error}. Check the name, the network and "
-                "your token, or give a local folder."
+                f"pipeline.model {path!r} cannot be fetched from the hub: {why_not_loaded(error, path)} Check the "
+                "name, the network and your token, or give a local folder."
             ) from error
     if not file.is_file():
         raise RecipeError(f"{path} holds no model_index.json, so it is not a diffusers pipeline. Give its top folder.")

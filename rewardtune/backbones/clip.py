@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from rewardtune.backbones.pixels import CLIP_MEAN, CLIP_STD, as_bytes, normalise, shorter_side
 from rewardtune.backbones.weights import check_keys
+from rewardtune.data.references import why_not_loaded
 from rewardtune.errors import RecipeError
 
 KEPT = 20_000
@@ -165,7 +166,7 @@ def load_model(reference: str, *, revision: str | None, dtype: str, device: str 
         config = AutoConfig.from_pretrained(reference, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise RecipeError(
-            f"{where} does not load: {_short(error)} Give a folder with config.json, or a hub id."
+            f"{where} does not load: {why_not_loaded(error, reference)} Give a folder with config.json, or a hub id."
         ) from error
     if config.model_type != "clip":
         raise RecipeError(f"{where} is a {config.model_type} model; this reward stands on CLIP's.")
@@ -176,8 +177,8 @@ def load_model(reference: str, *, revision: str | None, dtype: str, device: str 
         )  # fmt: skip
     except Exception as error:  # huggingface_hub, safetensors and transformers each raise their own
         raise RecipeError(
-            f"{where}: its weights do not load: {_short(error)} The file is missing, damaged or of another model; "
-            "fetch it again, or give a folder with config.json and model.safetensors."
+            f"{where}: its weights do not load: {why_not_loaded(error, reference)} The file is missing, damaged "
+            "or of another model; fetch it again, or give a folder with config.json and model.safetensors."
         ) from error
     model, report = loaded
     over = {name for name in report["unexpected_keys"] if not name.endswith("position_ids")}
@@ -197,10 +198,6 @@ def load_tokenizer(reference: str, *, revision: str | None, reward: str) -> Any:
         return AutoTokenizer.from_pretrained(reference, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise RecipeError(
-            f"reward {reward!r}: tokenizer {reference!r} does not load: {_short(error)} Give a folder with "
-            "tokenizer.json, or a hub id."
+            f"reward {reward!r}: tokenizer {reference!r} does not load: {why_not_loaded(error, reference)} Give a "
+            "folder with tokenizer.json, or a hub id."
         ) from error
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
