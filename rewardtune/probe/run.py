@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rewardtune.compare.scores import choose_rewards, tie_bands
 from rewardtune.data.images import to_pil
+from rewardtune.data.rows import counted
 from rewardtune.errors import MissingExtra, OutOfMemoryError, RecipeError
 from rewardtune.pages.files import Written, write_bytes
 from rewardtune.plugins import Reward, RewardCard
@@ -80,8 +81,8 @@ def probe(
         seen = _climb(label, loaded, starts, walk, device=device)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(
-            f"reward {label!r} ran out of memory on {len(starts)} pictures and its gradient ({error}). Take fewer: "
-            "--pictures 1, or smaller ones."
+            f"reward {label!r} ran out of memory on {counted(len(starts), 'picture')} and its gradient ({error}). Take "
+            "fewer: --pictures 1, or smaller ones."
         ) from error
     document = _document(label, chosen, loaded, starts, walk, seen, seed=seed)
     document["verdict"] = decide(document)

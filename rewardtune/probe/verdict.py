@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rewardtune.data.rows import counted
+
 RISE_OF_RANGE, RISE_OF_SCALE = 0.1, 1.0
 """Ours: a mean rise that counts, of a bounded reward's range, of any other's scale."""
 RULES = (
@@ -43,7 +45,7 @@ def decide(document: Mapping[str, Any]) -> dict[str, Any]:
         return [label for label, judge in judges.items() if not agrees(judge, entry["rewards"][label])]
 
     words = []
-    steps = f"{document['rule']['steps']} steps"
+    steps = counted(document["rule"]["steps"], "step")
     if not risen and (lost := [e for e in entries if rises(probed, e["highest"]["gain"])]):
         chosen, outcome = lost[0], "unsettled"
         headline = f"{name} is not settled: {steps} raised it on the way and lost it again. Take more with --steps."
@@ -101,7 +103,7 @@ def _moved(card: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     return (
         f"{card['label']} {verb} from {found['before']:.3g} to {found['after']:.3g} on average: "
         f"{signed(found['change'])}, {unit}{signed(found['in_scales'])} in units of its scale; better on "
-        f"{found['better']} of {found['pictures']} pictures."
+        f"{found['better']} of {counted(found['pictures'], 'picture')}."
     )
 
 
@@ -124,7 +126,7 @@ def _judged(card: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     return (
         f"{card['label']} {verb}: {found['before']:.3g} to {found['after']:.3g} ({signed(found['change'])}; "
         f"differences up to {band:.3g} are ties), better on {found['better']} and worse on {found['worse']} of "
-        f"{found['pictures']} pictures."
+        f"{counted(found['pictures'], 'picture')}."
     )
 
 

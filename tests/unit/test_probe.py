@@ -121,6 +121,8 @@ def test_a_rise_that_too_long_steps_lose_again_is_not_called_resistance(pictures
     assert short["budgets"][0]["highest"]["step"] == 1 and short["budgets"][0]["highest"]["gain"] > 0.7
     assert short["budgets"][0]["rewards"]["narrow"]["gain"] < 0.01
     assert "after step 1" in short["verdict"]["words"][0]
+    assert "of 1 picture." in " ".join(short["verdict"]["words"])
+    assert "1 picture and noise · 2 steps" in (tmp_path / "out/probe.html").read_text()
     assert probed(40)["verdict"]["outcome"] == "unjudged", "shorter steps stay up there"
 
 
