@@ -273,4 +273,4 @@ def test_a_log_hears_of_progress_only_where_it_takes_long(monkeypatch):
         return stream.getvalue().splitlines()
 
     assert lines(5) == []
-    assert len(lines(100)) == 9 and lines(100)[-1] == "scoring images: 20/20 in 1:40"
+    assert len(lines(100)) == 10 and lines(100)[-1] == "scoring images: 20/20 in 1:40"
