@@ -287,6 +287,19 @@ def test_options_are_corrected_as_those_of_recipes_are(run, spec, said):
     assert "does not take" not in err and "Input should" not in err and "Field required" not in err
 
 
+def test_rewards_show_warns_of_a_licence_that_forbids_commercial_use(run, folder):
+    licence = 'licence_code="MIT", licence_weights="CC BY-NC 4.0", commercial_use=False,'
+    (folder / "plugin.py").write_text(PLUGIN.replace("needs_prompt=False,", f"needs_prompt=False, {licence}"))
+    code, out, _ = run("rewards", "show", "brightness", "--plugin", "plugin.py")
+    from rewardtune import registry
+
+    del registry.rewards._decorated["brightness"]
+    assert code == 0
+    assert "warning: its licence forbids commercial use (code: MIT; weights: CC BY-NC 4.0)" in out
+    _, out, _ = run("rewards", "show", "zreward")
+    assert "warning" not in out
+
+
 def test_rewards_test_says_a_cause_once_and_counts(run):
     cut = str(Path(__file__).with_name("fussy.py"))
     code, out, err = run("rewards", "test", "cut", "--plugin", cut)
