@@ -23,14 +23,21 @@ at the tower's own. Two of 24 tokens take a CPU as long as one: the time goes in
 
 
 class QuickGelu(nn.Module):
-    """x sigmoid(1.702 x), bit for bit transformers' own; without gradient it takes one new tensor instead of three,
-    4 % of ViT-L/14's time on a CPU."""
+    """x sigmoid(1.702 x), bit for bit transformers' own; without gradient it takes one new tensor instead of three, and
+    goes piece by piece, so that a piece stays in a core's cache: 5 % of ViT-L/14's time on a CPU."""
+
+    PIECE = 1 << 16
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape, kept."""
         if torch.is_grad_enabled() and x.requires_grad:
             return x * torch.sigmoid(1.702 * x)
-        return torch.mul(x, 1.702).sigmoid_().mul_(x)
+        if x.device.type != "cpu" or not x.is_contiguous():
+            return torch.mul(x, 1.702).sigmoid_().mul_(x)
+        found = torch.empty_like(x)
+        for part, out in zip(x.view(-1).split(self.PIECE), found.view(-1).split(self.PIECE), strict=True):
+            torch.mul(part, 1.702, out=out).sigmoid_().mul_(part)
+        return found
 
 
 class ClassToken(nn.Module):

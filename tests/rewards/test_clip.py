@@ -14,7 +14,7 @@ from backends import hpsv2 as hps
 from rewardtune.rewards.aesthetic import make_head
 from rewardtune.rewards.hpsv2 import clip_model
 
-from rewardtune.backbones.clip import Clip
+from rewardtune.backbones.clip import Clip, QuickGelu
 from rewardtune.backbones.pixels import longer_side
 from rewardtune.backbones.weights import download, fill
 from rewardtune.data.images import to_pil
@@ -46,6 +46,17 @@ def test_features_are_those_of_transformers_forward(clip):
     assert torch.allclose(clip.image_features(images), out.image_embeds, atol=1e-6)
     assert torch.allclose(clip.text_features(PROMPTS), out.text_embeds, atol=1e-6)
     assert torch.allclose(clip.similarity(images, PROMPTS), (out.image_embeds * out.text_embeds).sum(-1), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5), (2, 50, 1000), (3, 7, 65536)])
+def test_the_activation_is_transformers_own_to_the_bit(shape):
+    from transformers.activations import QuickGELUActivation
+
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3
+    for given in (x, x.bfloat16(), x.transpose(0, 2)):
+        with torch.no_grad():
+            assert torch.equal(QuickGelu()(given), QuickGELUActivation()(given))
+        assert torch.equal(QuickGelu()(given.clone().requires_grad_(True)), QuickGELUActivation()(given))
 
 
 def test_text_features_that_were_kept_are_bit_equal_and_run_the_tower_once(clip):
