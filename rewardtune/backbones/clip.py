@@ -23,21 +23,24 @@ at the tower's own. Two of 24 tokens take a CPU as long as one: the time goes in
 
 
 class QuickGelu(nn.Module):
-    """x sigmoid(1.702 x), bit for bit transformers' own; without gradient it takes one new tensor instead of three, and
-    goes piece by piece, so that a piece stays in a core's cache: 5 % of ViT-L/14's time on a CPU."""
+    """x sigmoid(1.702 x), bit for bit transformers' own.
+
+    Without gradient it works in the memory of x, which nothing reads after a block's first layer, and on a CPU piece by
+    piece through a core's cache: fresh memory costs more than the arithmetic. 7 % of ViT-L/14's time.
+    """
 
     PIECE = 1 << 16
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape, kept."""
+        """Any shape, kept. Overwrites x where no gradient is asked for."""
         if torch.is_grad_enabled() and x.requires_grad:
             return x * torch.sigmoid(1.702 * x)
         if x.device.type != "cpu" or not x.is_contiguous():
-            return torch.mul(x, 1.702).sigmoid_().mul_(x)
-        found = torch.empty_like(x)
-        for part, out in zip(x.view(-1).split(self.PIECE), found.view(-1).split(self.PIECE), strict=True):
-            torch.mul(part, 1.702, out=out).sigmoid_().mul_(part)
-        return found
+            return x.mul_(torch.mul(x, 1.702).sigmoid_())
+        gate = x.new_empty(min(self.PIECE, x.numel()))
+        for part in x.view(-1).split(self.PIECE):
+            part.mul_(torch.mul(part, 1.702, out=gate[: len(part)]).sigmoid_())
+        return x
 
 
 class ClassToken(nn.Module):
