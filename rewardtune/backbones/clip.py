@@ -29,7 +29,8 @@ class QuickGelu(nn.Module):
     piece through a core's cache: fresh memory costs more than the arithmetic. 7 % of ViT-L/14's time.
     """
 
-    PIECE = 1 << 16
+    PIECE = 1 << 17
+    """Ours: numbers a thread takes at once; with what becomes of them half of a usual second cache in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape, kept. Overwrites x where no gradient is asked for."""
@@ -37,8 +38,9 @@ class QuickGelu(nn.Module):
             return x * torch.sigmoid(1.702 * x)
         if x.device.type != "cpu" or not x.is_contiguous():
             return x.mul_(torch.mul(x, 1.702).sigmoid_())
-        gate = x.new_empty(min(self.PIECE, x.numel()))
-        for part in x.view(-1).split(self.PIECE):
+        piece = self.PIECE * torch.get_num_threads()
+        gate = x.new_empty(min(piece, x.numel()))
+        for part in x.view(-1).split(piece):
             part.mul_(torch.mul(part, 1.702, out=gate[: len(part)]).sigmoid_())
         return x
 
