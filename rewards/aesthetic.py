@@ -44,11 +44,12 @@ class Aesthetic:
         differentiable=True,
         needs_prompt=False,
         range=None,
+        licence_code="Apache-2.0",
         scale=10.0,
         native_resolution=224,
         licence_weights="Apache-2.0 (version 2), MIT (version 1, CLIP)",
         requires=("transformers",),
-        models={MODEL: REVISION, "christophschuhmann/improved-aesthetic-predictor": "6934dd8"},
+        models={MODEL: REVISION, "github.com/christophschuhmann/improved-aesthetic-predictor": "6934dd8"},
         gpu_memory_gib=1.2,
         reference="github.com/christophschuhmann/improved-aesthetic-predictor at 6934dd8; "
         "github.com/LAION-AI/aesthetic-predictor at 6d122ad",

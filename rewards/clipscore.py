@@ -32,6 +32,7 @@ class ClipScore:
         differentiable=True,
         needs_prompt=True,
         range=(0.0, 2.5),
+        licence_code="Apache-2.0",
         scale=2.5 * GOOD_COSINE,
         native_resolution=224,
         licence_weights="MIT",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
 
-from rewardtune.data.references import version
+from rewardtune.data.references import version, why_not_loaded
 from rewardtune.errors import DataError, RecipeError
 from rewardtune.plugins import Options, RewardCard
 
@@ -37,6 +37,7 @@ class DetectionCounts:
         differentiable=False,
         needs_prompt=True,
         range=(0.0, 1.0),
+        licence_code="Apache-2.0",
         pillow_difference=None,
         licence_weights="Apache-2.0",
         requires=("transformers",),
@@ -80,8 +81,8 @@ class DetectionCounts:
         except Exception as error:  # huggingface_hub, safetensors and transformers each raise their own
             raise RecipeError(
                 f"{where} is no object detector of transformers that can be loaded: "
-                f"{' '.join(str(error).split())[:300]} Give the folder or hub id of one, such as {CHECKPOINT}, or "
-                "fetch its files again where they are damaged."
+                f"{why_not_loaded(error, config.checkpoint)} Give the folder or hub id of one, such as "
+                f"{CHECKPOINT}, or fetch its files again where they are damaged."
             ) from error
         model, report = loaded
         check_all_there(model, report["missing_keys"], what=where)

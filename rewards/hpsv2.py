@@ -34,6 +34,7 @@ class HpsV2:
         differentiable=True,
         needs_prompt=True,
         range=(-1.0, 1.0),
+        licence_code="Apache-2.0",
         scale=0.3,
         native_resolution=224,
         licence_weights="Apache-2.0",

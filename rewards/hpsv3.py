@@ -147,7 +147,7 @@ class HPSv3:
 
         from rewardtune.backbones.tokenizer import load_tokenizer
         from rewardtune.backbones.weights import find_file, read_weights
-        from rewardtune.data.references import resolve
+        from rewardtune.data.references import resolve, why_not_loaded
         from rewardtune.errors import RecipeError
 
         name = cls.card.name
@@ -160,7 +160,7 @@ class HPSv3:
             base = AutoConfig.from_pretrained(resolve(config.base), revision=base_revision)
         except (OSError, ValueError, KeyError) as error:
             raise RecipeError(
-                f"reward {name!r}: the config of {config.base!r} does not load: {' '.join(str(error).split())[:300]} "
+                f"reward {name!r}: the config of {config.base!r} does not load: {why_not_loaded(error, config.base)} "
                 f"Give the option `base`: a folder with config and tokenizer of {BASE}, or its hub id."
             ) from error
         if base.model_type != "qwen2_vl":

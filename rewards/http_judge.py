@@ -46,6 +46,7 @@ class HttpJudge:
         differentiable=False,
         needs_prompt=True,
         range=None,
+        licence_code="Apache-2.0",
         licence_weights="the served model's",
         known_when_loaded=True,
     )

@@ -31,6 +31,7 @@ class JpegSize:
         differentiable=False,
         needs_prompt=False,
         range=None,
+        licence_code="Apache-2.0",
         scale=500.0,  # what flow_grpo divides by
         pillow_difference=None,
         reference="DDPO (arXiv 2305.13301); yifan123/flow_grpo@54809b5, flow_grpo/rewards.py",

@@ -60,6 +60,7 @@ class Ocr:
         differentiable=True,
         needs_prompt=True,
         range=None,
+        licence_code="Apache-2.0",
         scale=4.0,  # ours: half of what lies between absent and written
         native_resolution=None,
         licence_weights="Apache-2.0",

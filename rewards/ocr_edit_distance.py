@@ -30,6 +30,7 @@ class OcrEditDistance:
         differentiable=False,
         needs_prompt=True,
         range=(0.0, 1.0),
+        licence_code="Apache-2.0",
         pillow_difference=None,
         licence_weights="Apache-2.0",
         requires=("rapidocr", "onnxruntime"),

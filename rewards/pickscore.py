@@ -29,6 +29,7 @@ class PickScore:
         differentiable=True,
         needs_prompt=True,
         range=(-100.0, 100.0),
+        licence_code="Apache-2.0",
         scale=26.0,
         native_resolution=224,
         licence_weights="MIT (of its repository)",

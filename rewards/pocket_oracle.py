@@ -44,6 +44,7 @@ class PocketOracle:
         differentiable=False,
         needs_prompt=True,
         range=(0.0, 1.0),
+        licence_code="Apache-2.0",
         native_resolution=64,
         licence_weights="Apache-2.0",
         held_out=True,

@@ -34,6 +34,7 @@ class Remote:
         differentiable=True,
         needs_prompt=True,
         range=None,
+        licence_code="Apache-2.0",
         licence_weights="the served reward's",
         known_when_loaded=True,
     )

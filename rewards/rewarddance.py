@@ -33,6 +33,7 @@ class RewardDance:
         differentiable=True,
         needs_prompt=True,
         range=(0.0, 1.0),
+        licence_code="Apache-2.0",
         licence_weights="those of your scorer",
         requires=("transformers",),
         dimensions=("alignment", "realism", "aesthetics", "plausibility"),

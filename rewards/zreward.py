@@ -33,6 +33,7 @@ class ZReward:
         differentiable=True,
         needs_prompt=True,
         range=(1.0, 5.0),
+        licence_code="Apache-2.0",
         native_resolution=64,
         licence_weights="Apache-2.0",
         requires=("transformers",),

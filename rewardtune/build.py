@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rewardtune import gradients, registry
 from rewardtune.data.records import read_captioned_images, read_prompts
-from rewardtune.data.references import resolve
+from rewardtune.data.references import resolve, why_not_loaded
 from rewardtune.diffusion import export, lora, offload
 from rewardtune.diffusion.rollout import sample
 from rewardtune.diffusion.schedulers import check_deterministic
@@ -22,7 +22,7 @@ from rewardtune.errors import PluginError, RecipeError
 from rewardtune.guard.guard import Guard
 from rewardtune.guard.verdict import rule_of
 from rewardtune.guard.watch import Look, Watch
-from rewardtune.plugins import AnyPipeline, Guidance, WholeRollout
+from rewardtune.plugins import AnyPipeline, Guidance, RewardCard, WholeRollout
 from rewardtune.randomness import generator
 from rewardtune.recipe.guard import GuardSection
 from rewardtune.recipe.rewards import RewardSection
@@ -231,8 +231,8 @@ def read_model_index(path: str, revision: str | None) -> Mapping[str, Any]:
             file = Path(hf_hub_download(path, "model_index.json", revision=revision))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise RecipeError(
-                f"pipeline.model {path!r} cannot be fetched from the hub: {error}. Check the name, the network and "
-                "your token, or give a local folder."
+                f"pipeline.model {path!r} cannot be fetched from the hub: {why_not_loaded(error, path)} Check the "
+                "name, the network and your token, or give a local folder."
             ) from error
     if not file.is_file():
         raise RecipeError(f"{path} holds no model_index.json, so it is not a diffusers pipeline. Give its top folder.")
@@ -337,12 +337,14 @@ def build_guard(recipe: SftRecipe | DirectRewardRecipe, task: Any, folder: Path)
         size=_size(pipeline, recipe.rollout) if isinstance(recipe, DirectRewardRecipe) else pipeline.image_size,
         batch_size=section.batch_size,
     )
-    return open_guard(section, folder, watch.look)
+    return open_guard(section, folder, watch.look, [term.reward.card for term in watch.held_out])
 
 
-def open_guard(section: GuardSection, folder: Path, look: Callable[[], Look]) -> Guard:
-    """A guard by its section; `look` draws and scores."""
-    return Guard(look, rule_of(section), every=section.every, action=section.action, folder=folder)
+def open_guard(
+    section: GuardSection, folder: Path, look: Callable[[], Look], cards: Sequence[RewardCard] = ()
+) -> Guard:
+    """A guard by its section; `look` draws and scores, by the rewards of `cards`."""
+    return Guard(look, rule_of(section), every=section.every, action=section.action, folder=folder, cards=cards)
 
 
 def _mixed_sft(

@@ -35,7 +35,7 @@ class RewardCard:
     """Values are divided by this before several rewards are mixed."""
     higher_is_better: bool = True
     native_resolution: int | None = None
-    licence_code: str = "Apache-2.0"
+    licence_code: str = "not stated"
     licence_weights: str = "none"
     requires: tuple[str, ...] = ()
     """Modules that must be importable, e.g. ("transformers",)."""
@@ -45,7 +45,8 @@ class RewardCard:
     """True for judges that no shipped recipe trains on."""
     dimensions: tuple[str, ...] = ()
     models: Mapping[str, str] = ()  # type: ignore[assignment]
-    """Model -> revision."""
+    """Model -> revision. A model is a hub id, `pocket:<name>`, `<file> (<package>)` where an installed package has it,
+    `github.com/...` where it is fetched from an address, or, with revision `local`, what an option names."""
     metadata: tuple[str, ...] = ()
     """Keys that each prompt's metadata must have, e.g. ("text",)."""
     commercial_use: bool = True

@@ -1,10 +1,15 @@
-"""A progress line on standard error: rewritten in place on a terminal, one line every tenth elsewhere."""
+"""A progress line on standard error: rewritten in place on a terminal. Elsewhere, as in a log, it is a line every tenth
+of what takes long, and nothing for what is soon done.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 from typing import TextIO
+
+QUIET = 10.0
+"""Ours: seconds for which nobody who reads a log asks where it is."""
 
 
 class Progress:
@@ -26,7 +31,7 @@ class Progress:
                 self._shown = now
                 self._stream.write(f"\r\x1b[2K{self._line(now)}" + ("\n" if finished else ""))
                 self._stream.flush()
-        elif self.done * 10 // max(self.total, 1) > self._tenth:
+        elif now - self._start > QUIET and self.done * 10 // max(self.total, 1) > self._tenth:
             self._tenth = self.done * 10 // max(self.total, 1)
             self._stream.write(self._line(now) + "\n")
             self._stream.flush()

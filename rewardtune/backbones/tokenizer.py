@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rewardtune.data.references import resolve
+from rewardtune.data.references import resolve, why_not_loaded
 from rewardtune.errors import RecipeError
 
 
@@ -19,7 +19,7 @@ def load_tokenizer(reference: str, *, revision: str | None, reward: str, at_most
         tokenizer = AutoTokenizer.from_pretrained(resolve(reference), revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise RecipeError(
-            f"reward {reward!r}: the tokenizer {reference!r} does not load: {' '.join(str(error).split())[:300]} "
+            f"reward {reward!r}: the tokenizer {reference!r} does not load: {why_not_loaded(error, reference)} "
             "Give a hub id, or a folder with its files."
         ) from error
     if len(tokenizer) > at_most:

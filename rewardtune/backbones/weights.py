@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewardtune.data.references import why_not_loaded
 from rewardtune.errors import RecipeError
 
 
@@ -43,7 +44,7 @@ def find_file(reference: str, file: str, *, revision: str | None, reward: str, o
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise RecipeError(
             f"reward {reward!r}: {file} of {option} {reference!r} cannot be fetched from the hub: "
-            f"{' '.join(str(error).split())[:300]} Check the network and your token, or download it once and give the "
+            f"{why_not_loaded(error, reference)} Check the network and your token, or download it once and give the "
             f"file or its folder as {option}."
         ) from error
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rewardtune.calibration.comparison import lead
+from rewardtune.data.rows import counted
 
 RULES = (
     "Train on the differentiable reward that orders most pairs as people do, if the 95 % interval of its pair accuracy "
@@ -149,7 +150,8 @@ def warnings_of(document: Mapping[str, Any]) -> list[str]:
             found.append(f"The temperature of {label} ends at a limit of the search; do not use it.")
     if failed := document["skipped"]["failed"]:
         pictures = len({row["image"] for row in failed})
-        found.append(f"{pictures} pictures were left out for all rewards, because one failed on them (listed below).")
+        out = f"{counted(pictures, 'picture')} {'was' if pictures == 1 else 'were'} left out for all rewards"
+        found.append(f"{out}, because one failed there (listed below).")
     if len(document["rewards"]) > 1 and len(document["differences"]) > 3:
         found.append(
             f"{len(document['differences'])} differences are tested at 95 % each; some will look resolved by chance."

@@ -232,7 +232,9 @@ def score(
     reward: Annotated[
         list[str], typer.Option("--reward", metavar="NAME[:option=value,...]", help="A name of `rewards list`.")
     ],
-    images: Annotated[str, typer.Option("--images", metavar="DIR_OR_MANIFEST", help="A folder, or rows with `image`.")],
+    images: Annotated[
+        str, typer.Option("--images", metavar="PATH", help="A folder, a picture, or a manifest: rows with `image`.")
+    ],
     prompts: Annotated[
         str | None, typer.Option("--prompts", metavar="FILE", help="A line for each image in order, or one for all.")
     ] = None,

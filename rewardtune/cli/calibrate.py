@@ -33,6 +33,7 @@ def rewards_calibrate(
     """Rewards beside your own labels: how often each is right, which to train on, which to keep as judge."""
     with quiet_stdout():
         from rewardtune.calibration.run import calibrate
+        from rewardtune.data.rows import counted
 
         found = calibrate(
             data, reward, dimension=dimension, out=out, device=device, batch_size=batch_size, skip_failed=skip_failed
@@ -41,7 +42,8 @@ def rewards_calibrate(
         show_json(found.document)
         return
     document = found.document
-    show(f"{document['pairs']} pairs of {document['prompts']} prompts, {document['images']} pictures")
+    found_in = f"{counted(document['pairs'], 'pair')} of {counted(document['prompts'], 'prompt')}"
+    show(f"{found_in}, {counted(document['images'], 'picture')}")
     show_table(
         ["reward", "gradient", "pairs right", "clear pairs", "close pairs", "spearman", "ece", "ms/image"],
         [_row(label, row) for label, row in document["rewards"].items()],

@@ -4,7 +4,11 @@ to list something.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
+import shutil
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +16,7 @@ import typer
 
 from rewardtune.cli.command import Json, command, quiet_stdout, show, show_json, show_table
 from rewardtune.errors import CheckFailed, DataError, PluginError, RecipeError
+from rewardtune.registry import BUILT_IN
 
 rewards = typer.Typer(help="Rewards: what there is, what each one is, and whether it keeps the contract.")
 pipelines = typer.Typer(help="Families of text-to-image pipelines.")
@@ -31,21 +36,55 @@ def rewards_list(as_json: Json = False) -> None:
     if as_json:
         show_json(rows)
         return
-    table = [
-        [
-            row["name"],
-            row["source"],
-            _yes_no(row["differentiable"]),
-            _yes_no(row["needs_prompt"]),
-            _range(row["range"]),
-            row["licence"] or "?",
-            "yes" if row["available"] else f"no: {row['why_not']}",
-        ]
+    _show_rewards(rows, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
+
+
+WIDTH = 100
+"""Ours: columns of `rewards list` at most; less where the terminal has less."""
+
+
+def _show_rewards(rows: list[dict[str, Any]], width: int) -> None:
+    """A line of facts and one of what it measures for each, then what is missing and how to get it."""
+    from rewardtune.scoring.at_hand import how_to_fetch
+
+    table = [["name", "gradient", "prompt", "range", "weights", "licence"]]
+    table += [
+        [row["name"], _yes_no(row["differentiable"]), _yes_no(row["needs_prompt"]), _range(row["range"]),
+         _state(row), row["licence"] or "?"]
         for row in rows
-    ]
-    show_table(["name", "source", "gradient", "prompt", "range", "licence", "available"], table)
-    if any(row["differentiable"] is None for row in rows):
-        show("? not known before it is loaded: `rewardtune rewards show NAME`")
+    ]  # fmt: skip
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    for i, line in enumerate(table):
+        cells = "  ".join(cell.ljust(wide) for cell, wide in zip(line, widths, strict=True))
+        show(_cut(cells.rstrip(), width))
+        if i:
+            row = rows[i - 1]
+            source = "" if row["source"] == BUILT_IN else f"from {row['source']}; "
+            show(_cut(f"    {source}{row['summary'] or 'not known before it is loaded: rewards show NAME'}", width))
+    show()
+    if absent := [row for row in rows if row["to_fetch"]]:
+        _wrapped(how_to_fetch([row["name"] for row in absent], absent[0]["offline"]), width)
+    for row in rows:
+        for why in row["missing"]:
+            _wrapped(f"{row['name']} {why}", width)
+    _wrapped("`rewardtune rewards show NAME` tells all of one, with its options.", width)
+
+
+def _state(row: dict[str, Any]) -> str:
+    if row["weights"] is None:
+        return "?" if row["available"] else "no"
+    from rewardtune.scoring.at_hand import Weights, in_words
+
+    words = in_words(Weights(**one) for one in row["weights"])
+    return words if row["available"] else f"no package; {words}"
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1].rstrip()}…"
+
+
+def _wrapped(text: str, width: int) -> None:
+    show(textwrap.fill(text, width, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False))
 
 
 def reward_row(name: str) -> dict[str, Any]:
@@ -55,6 +94,7 @@ def reward_row(name: str) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": name,
         "source": registry.rewards.source(name),
+        "summary": None,
         "differentiable": None,
         "needs_prompt": None,
         "range": None,
@@ -63,25 +103,36 @@ def reward_row(name: str) -> dict[str, Any]:
         "extra": None,
         "available": True,
         "why_not": None,
+        "weights": None,
+        "needs_options": None,
+        "to_fetch": [],
+        "offline": None,
+        "missing": [],
     }
     why_not = registry.rewards.trouble(name)
     if why_not is None and registry.rewards.is_at_hand(name):
         from rewardtune.recipe.validate import missing_requirement
+        from rewardtune.scoring.at_hand import at_hand
 
         try:
             card = registry.rewards.card(name)
+            found = at_hand(card, registry.rewards.load_class(name).Config)
         except PluginError as error:
             why_not = str(error)
         else:
             row |= {
+                "summary": card.summary,
                 "differentiable": card.differentiable,
                 "needs_prompt": card.needs_prompt,
                 "range": list(card.range) if card.range else None,
                 "higher_is_better": card.higher_is_better,
                 "licence": _licence(card.licence_code, card.licence_weights),
                 "extra": card.extra,
+                **json.loads(json.dumps(dataclasses.asdict(found))),
             }
             why_not = missing_requirement(card)
+    if why_not is not None and not row["missing"]:
+        row["missing"] = [f"does not load: {why_not}"]
     return row | {"available": why_not is None, "why_not": why_not}
 
 
@@ -89,7 +140,7 @@ def reward_row(name: str) -> dict[str, Any]:
 def rewards_show(name: RewardName, as_json: Json = False) -> None:
     """One reward's card and the options that a recipe may give it."""
     from rewardtune import registry
-    from rewardtune.recipe.validate import missing_requirement
+    from rewardtune.scoring.at_hand import at_hand, how_to_fetch, in_words
     from rewardtune.scoring.score import card_document
 
     plugin: Any = registry.rewards.load_class(name)
@@ -103,8 +154,13 @@ def rewards_show(name: RewardName, as_json: Json = False) -> None:
     if not plugin.card.commercial_use:
         code, weights = plugin.card.licence_code, plugin.card.licence_weights
         show(f"warning: its licence forbids commercial use (code: {code}; weights: {weights})")
-    if why_not := missing_requirement(plugin.card):
-        show(f"not available here: {why_not}")
+    found = at_hand(plugin.card, plugin.Config)
+    for one in found.weights:
+        show(f"weights of {one.model}: {in_words([one])}")
+    if found.to_fetch:
+        show(how_to_fetch(found.to_fetch, found.offline))
+    for why in found.missing:
+        show(f"missing here: {why}")
     fields = plugin.Config.model_fields
     show("options:" if fields else "options: none")
     for key, field in fields.items():
@@ -138,8 +194,16 @@ def rewards_test(
     if as_json:
         show_json([{"check": check.name, "passed": check.passed, "found": check.found} for check in checks])
     else:
+        # one cause may fail many checks; it is said once
+        causes: dict[str, list[str]] = {}
         for check in checks:
-            show(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.found}")
+            if check.passed:
+                show(f"ok    {check.name}: {check.found}")
+            else:
+                causes.setdefault(check.found, []).append(check.name)
+        for cause, names in causes.items():
+            show(f"FAIL  {'; '.join(names)}: {cause}")
+        show(f"{sum(check.passed for check in checks)} of {len(checks)} checks passed")
     failed = [check.name for check in checks if not check.passed]
     if failed:
         raise CheckFailed(f"reward {name!r} fails {len(failed)} of {len(checks)} checks: {'; '.join(failed)}.")

@@ -116,19 +116,14 @@ def choose_rewards(wanted: Sequence[RewardSection], trained: Sequence[RewardSect
 
 def _settings(section: RewardSection) -> dict[str, Any]:
     """A reward's options with defaults filled in."""
-    from pydantic import ValidationError
-
     from rewardtune import registry
+    from rewardtune.recipe.validate import read_options
 
     plugin: Any = registry.rewards.load_class(section.name)
-    try:
-        config: dict[str, Any] = plugin.Config(**section.options).model_dump()
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise RecipeError(
-            f"reward {section.name!r} does not take these options: {problems}. "
-            f"`rewardtune rewards show {section.name}` lists them."
-        ) from error
+    config: dict[str, Any] = read_options(
+        plugin.Config, section.options, whose=f"reward {section.name!r}",
+        listed_by=f"rewardtune rewards show {section.name}",
+    ).model_dump()  # fmt: skip
     return config
 
 

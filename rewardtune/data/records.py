@@ -23,6 +23,7 @@ from rewardtune.data.rows import (
     Row,
     check_scores,
     check_text,
+    counted,
     read_rows,
     short,
     text_lines,
@@ -91,19 +92,19 @@ class FileSummary:
 
     def describe(self) -> str:
         """One line for people."""
-        parts = [_count(self.rows, "row"), _count(self.prompts, "different prompt")]
+        parts = [counted(self.rows, "row"), counted(self.prompts, "different prompt")]
         if self.groups:
-            parts.append(_count(self.groups, "group"))
+            parts.append(counted(self.groups, "group"))
         if self.images:
-            parts.append(_count(self.images, "image"))
+            parts.append(counted(self.images, "image"))
         if self.dimensions:
             low, high = self.annotators
             parts.append("scores on " + ", ".join(self.dimensions))
             parts.append("aggregate scores only" if high == 0 else f"{low} to {high} annotators")
         if self.preferences:
-            parts.append(_count(self.preferences, "stated preference"))
+            parts.append(counted(self.preferences, "stated preference"))
         if self.critiques:
-            parts.append(_count(self.critiques, "critique"))
+            parts.append(counted(self.critiques, "critique"))
         if self.unused_columns:
             parts.append("not read: " + ", ".join(self.unused_columns))
         return f"{self.path}: {self.kind}: " + "; ".join(parts)
@@ -248,10 +249,6 @@ def _locate(source: str | Path) -> Path:
     if not path.is_file():
         raise DataError(f"{path}: not a regular file.")
     return path
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

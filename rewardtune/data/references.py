@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -45,6 +46,24 @@ def version(reference: str, revision: str | None) -> str:
     name = revision or "main"
     commit = _cached_commit(reference, name)
     return f"{name}, not pinned" if commit is None else f"{name}, not pinned: loaded at {commit}"
+
+
+def offline_variable() -> str | None:
+    """The variable that keeps Hugging Face's libraries off the network, if one does."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
+            return name
+    return None
+
+
+def why_not_loaded(error: Exception, reference: str) -> str:
+    """What a library said of a model that did not load, on one line; the libraries' own words speak of the network also
+    where a variable forbids it, so that is said first."""
+    told = " ".join(str(error).split())[:300]
+    variable = offline_variable()
+    if variable is None or reference.startswith(PREFIX) or Path(reference).expanduser().exists():
+        return told
+    return f"{variable} is set, so the hub was not asked (unset it where there is a network). {told}"
 
 
 def _cached_commit(repository: str, revision: str) -> str | None:

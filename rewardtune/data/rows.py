@@ -28,6 +28,11 @@ SHOWN = 20
 Row = dict[str, Any]
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 picture`, `2,000 pictures`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class Mistakes:
     """Collects what is wrong with one file, so that a person can mend all of it in one go."""
 

@@ -22,6 +22,7 @@ from rewardtune.guard.verdict import Rule, Seen, Verdict, verdict
 
 if TYPE_CHECKING:
     from rewardtune.guard.watch import Look
+    from rewardtune.plugins import RewardCard
 
 FOLDER = "guard"
 LOOKS = "looks.jsonl"
@@ -33,11 +34,14 @@ class Guard:
     """watch: draws and scores. every: optimiser steps between looks. action: what happens when it is enough.
 
     `warn` prints it and trains on, `stop` ends the training, `roll_back` ends it and takes the weights of the best step
-    (also at the ordinary end).
+    (also at the ordinary end). cards: of the held-out rewards, as loaded.
     """
 
-    def __init__(self, watch: Callable[[], Look], rule: Rule, *, every: int, action: Action, folder: Path) -> None:
-        self.watch, self.rule, self.every, self.action = watch, rule, every, action
+    def __init__(
+        self, watch: Callable[[], Look], rule: Rule, *, every: int, action: Action, folder: Path,
+        cards: Sequence[RewardCard] = (),
+    ) -> None:  # fmt: skip
+        self.watch, self.rule, self.every, self.action, self.cards = watch, rule, every, action, cards
         self.folder = folder / FOLDER
         self.looks: list[Seen] = []
         self.verdict: Verdict | None = None

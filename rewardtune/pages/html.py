@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rewardtune.data.rows import counted
 from rewardtune.pages.files import plain
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def render_page(
 ) -> str:
     """The HTML of a Jinja template with the shared look, and the style sheet of the same name where there is one.
 
-    values: what the template names, beside `style`, `script` and `policy`. filters: beside `plain` and `number`.
+    values: what the template names, beside `style`, `script` and `policy`. filters: beside `plain`, `number` and
+    `counted`.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -43,7 +45,7 @@ def render_page(
         loader=FileSystemLoader([template.parent, _HERE]), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"plain": plain, "number": number, **filters}
+    environment.filters |= {"plain": plain, "number": number, "counted": counted, **filters}
     style = (_HERE / "page.css").read_text(encoding="utf-8")
     own = template.parent / template.name.replace(".html.j2", ".css")
     if own.is_file():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rewardtune.compare.scores import choose_rewards, tie_bands
 from rewardtune.data.images import to_pil
+from rewardtune.data.rows import counted
 from rewardtune.errors import MissingExtra, OutOfMemoryError, RecipeError
 from rewardtune.pages.files import Written, write_bytes
 from rewardtune.plugins import Reward, RewardCard
@@ -80,8 +81,8 @@ def probe(
         seen = _climb(label, loaded, starts, walk, device=device)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(
-            f"reward {label!r} ran out of memory on {len(starts)} pictures and its gradient ({error}). Take fewer: "
-            "--pictures 1, or smaller ones."
+            f"reward {label!r} ran out of memory on {counted(len(starts), 'picture')} and its gradient ({error}). Take "
+            "fewer: --pictures 1, or smaller ones."
         ) from error
     document = _document(label, chosen, loaded, starts, walk, seen, seed=seed)
     document["verdict"] = decide(document)
@@ -212,7 +213,11 @@ def _document(
             {"step": step, "budget": round(walk[step - 1].budget * 255) if step else 0, "values": found}
             for step, found in sorted(seen.values.items())
         ],
-        "budgets": [_budget(end, walk, starts, described, seen) for end in ends],
+        "budgets": [
+            _budget(end, walk, starts, described, seen)
+            | {"highest": _highest(begin, end, starts, described[label], seen)}
+            for begin, end in zip([0, *ends[:-1]], ends, strict=True)
+        ],
     }
 
 
@@ -256,6 +261,20 @@ def _budget(
         "rewards": rewards,
         "noise": from_noise,
     }
+
+
+def _highest(
+    begin: int, end: int, starts: Sequence[Start], card: Mapping[str, Any], seen: _Walk
+) -> dict[str, float | int]:
+    """Where the probed reward's mean, noise left out, was best within a budget's steps."""
+
+    def mean(step: int) -> float:
+        values = [x for x, start in zip(seen.values[step][card["label"]], starts, strict=True) if start.kind != "noise"]
+        return sum(values) / len(values)
+
+    better = 1.0 if card["higher_is_better"] else -1.0
+    best = max((step for step in seen.values if begin < step <= end), key=lambda step: better * mean(step))
+    return {"step": best, "after": mean(best), "gain": better * (mean(best) - mean(0))}
 
 
 def _write_images(folder: Path, starts: Sequence[Start], walk: Sequence[Step], seen: _Walk) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rewardtune.data.rows import counted
+
 RISE_OF_RANGE, RISE_OF_SCALE = 0.1, 1.0
 """Ours: a mean rise that counts, of a bounded reward's range, of any other's scale."""
 RULES = (
     "A reward has risen where its mean over the pictures, noise left out, is at least 10 % of its range better than at "
-    "the start; 1 of its card's scale where it has no range.",
+    "the start; 1 of its card's scale where it has no range. Where it had risen on the way and no budget ended so, it "
+    "is not settled: the steps were too long to stay up there, and more of them are shorter.",
     "It has a blind spot where it has risen at some budget and a judge has not risen with it: what was praised is not "
     "in the picture, as far as the judge sees. A judge has risen where its mean gains more than its tie band, and so "
     "do half of the pictures or more; one picture alone can carry a mean. The smallest such budget is named. Where "
@@ -31,7 +34,8 @@ def agrees(judge: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
 
 
 def decide(document: Mapping[str, Any]) -> dict[str, Any]:
-    """`outcome` (resists, blind-spot, shared, unjudged), the `budget` it is told at, `headline`, `words`, `rules`."""
+    """`outcome` (resists, unsettled, blind-spot, shared, unjudged), the `budget` it is told at, `headline`, `words`,
+    `rules`."""
     probed, judges = document["reward"], document["judges"]
     name = probed["label"]
     entries = document["budgets"]
@@ -40,9 +44,16 @@ def decide(document: Mapping[str, Any]) -> dict[str, Any]:
     def blind(entry: Mapping[str, Any]) -> list[str]:
         return [label for label, judge in judges.items() if not agrees(judge, entry["rewards"][label])]
 
-    if not risen:
+    words = []
+    steps = counted(document["rule"]["steps"], "step")
+    if not risen and (lost := [e for e in entries if rises(probed, e["highest"]["gain"])]):
+        chosen, outcome = lost[0], "unsettled"
+        headline = f"{name} is not settled: {steps} raised it on the way and lost it again. Take more with --steps."
+        words.append(_lost(probed, chosen))
+    elif not risen:
         chosen, outcome = entries[-1], "resists"
-        headline = f"{name} resists: pixels alone do not raise it."
+        enough = "10 % of its range" if probed["range"] else "its scale"
+        headline = f"{name} resists: {steps} by pixels alone raise it by less than {enough}."
     elif not judges:
         chosen, outcome = risen[0], "unjudged"
         headline = f"{name} rises when pixels move by {_of(chosen)}; no judge looked on."
@@ -53,7 +64,7 @@ def decide(document: Mapping[str, Any]) -> dict[str, Any]:
     else:
         chosen, outcome = risen[0], "shared"
         headline = f"{name} rises when pixels move by {_of(chosen)}, and every judge with it: look at the pictures."
-    words = [_moved(probed, chosen["rewards"][name])]
+    words.append(_moved(probed, chosen["rewards"][name]))
     words += [_judged(judge, chosen["rewards"][label]) for label, judge in judges.items()]
     words.append(
         f"Pixels have moved by {chosen['change']['rms'] * 255:.1f}/255 (root mean square), by at most "
@@ -92,7 +103,17 @@ def _moved(card: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     return (
         f"{card['label']} {verb} from {found['before']:.3g} to {found['after']:.3g} on average: "
         f"{signed(found['change'])}, {unit}{signed(found['in_scales'])} in units of its scale; better on "
-        f"{found['better']} of {found['pictures']} pictures."
+        f"{found['better']} of {counted(found['pictures'], 'picture')}."
+    )
+
+
+def _lost(card: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
+    """zreward had gained +1.2 on average after step 3, and +0.1 where the budget of 8/255 ended."""
+    peak, end = entry["highest"], entry["rewards"][card["label"]]
+    return (
+        f"{card['label']} had gained {signed(peak['gain'])} on average after step {peak['step']}, and "
+        f"{signed(end['gain'])} where the budget of {_of(entry)} ended, at step {entry['step']}: a step overshoots "
+        "what it climbs, so these figures do not say how high it can be driven."
     )
 
 
@@ -105,7 +126,7 @@ def _judged(card: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     return (
         f"{card['label']} {verb}: {found['before']:.3g} to {found['after']:.3g} ({signed(found['change'])}; "
         f"differences up to {band:.3g} are ties), better on {found['better']} and worse on {found['worse']} of "
-        f"{found['pictures']} pictures."
+        f"{counted(found['pictures'], 'picture')}."
     )
 
 

@@ -51,7 +51,11 @@ def _loc_in(data: Any, loc: tuple[str | int, ...], *, missing: bool) -> Loc:
 _EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
     "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a number that is not infinite",
+    "bool_parsing": "true or false",
     "string_type": "text",
     "bool_type": "true or false",
     "list_type": "a list",

@@ -136,6 +136,16 @@ def _load_mistakes(loc: Loc, name: str) -> list[Mistake]:
     return []
 
 
+def read_options(config: type[BaseModel], options: Mapping[str, Any], *, whose: str, listed_by: str) -> Any:
+    """A plug-in's options as its own Config. Raises RecipeError in the words that recipes are corrected with."""
+    try:
+        return config(**options)
+    except ValidationError as error:
+        wrong = "; ".join(m.message for m in schema_mistakes(error, config, dict(options), at=("options",)))
+        end = "" if wrong.endswith("?") else "."
+        raise RecipeError(f"{whose}: {wrong}{end} `{listed_by}` lists its options.") from error
+
+
 def _check_options(loc: Loc, options: Any, config: type[BaseModel]) -> list[Mistake]:
     """A plug-in's own options against its own Config."""
     if options is not None and not isinstance(options, dict):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rewardtune.backbones.weights import check_all_there
-from rewardtune.data.references import resolve
+from rewardtune.data.references import resolve, why_not_loaded
 from rewardtune.errors import DataError, RecipeError
 from rewardtune.scorer.patches import Geometry, patchify, read_geometry
 from rewardtune.scorer.rubric import FILE, Frame, Reading, Rubric, load_rubric, reading, save_rubric
@@ -183,7 +183,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise RecipeError(
-            f"{what} {str(reference)!r} does not load: {' '.join(str(error).split())[:400]} Give the folder of an "
+            f"{what} {str(reference)!r} does not load: {why_not_loaded(error, path)} Give the folder of an "
             "image-text model with its tokenizer, a scorer's export, pocket:<name> or a hub id."
         ) from error
     if not hasattr(config, "vision_config") or not hasattr(config.vision_config, "spatial_merge_size"):
@@ -196,7 +196,7 @@ def load_model(
         )
     except Exception as error:  # huggingface_hub, safetensors and transformers each raise their own
         raise RecipeError(
-            f"{what} {str(reference)!r}: its weights do not load: {' '.join(str(error).split())[:400]} The file is "
+            f"{what} {str(reference)!r}: its weights do not load: {why_not_loaded(error, path)} The file is "
             "missing, damaged or of another model; fetch it again, or give a folder with config.json and safetensors."
         ) from error
     model, report = loaded

@@ -79,8 +79,7 @@ class Subject:
         rows = []
         for index in range(COUNT):
             leaf = self.images.detach().clone().requires_grad_(True)
-            value = self.reward.score(leaf, self.prompts).value[index]
-            rows.append(torch.autograd.grad(value, leaf)[0])
+            rows.append(slope_of(self.reward.score(leaf, self.prompts).value[index], leaf))
         return torch.stack(rows)
 
     @property
@@ -133,11 +132,11 @@ def check_loaded(
         leaf = low.images.clone().requires_grad_(low.reward.card.differentiable)
         value = low.reward.score(leaf, low.prompts).value
         off = ((value - wanted).abs().max() / low.reward.card.scale).item()
-        fine = value.dtype == torch.float32 and bool(torch.isfinite(value).all())
+        told, fine = _of_value(value)
         if low.reward.card.differentiable:
-            (slope,) = torch.autograd.grad(value.sum(), leaf)
-            fine = fine and bool(torch.isfinite(slope).all()) and bool(slope.any())
-        return fine, f"value and gradient {'finite' if fine else 'not finite'}; {off:.1g} off those in float32"
+            slope = _of_slope(slope_of(value.sum(), leaf))
+            told, fine = f"{told}, gradient {slope}", fine and slope == FINITE
+        return fine, f"{told}; {off:.1g} off those in float32"
 
     second = load_reward(name, device=device, **options, dtype="bfloat16")
     return [*checks, _run("weights in bfloat16", weights, _subject(second, device, prompts, images))]
@@ -199,6 +198,39 @@ def _run(name: str, check: Checker, subject: Subject) -> Check:
         return Check(name, False, str(error))
     except Exception as error:  # whatever a plug-in does wrong is the answer, not our crash
         return Check(name, False, f"raised {type(error).__name__}: {error}")
+
+
+FINITE = "finite"
+
+
+def slope_of(value: Tensor, leaf: Tensor) -> Tensor:
+    """The gradient of a number with respect to images. Raises NoGraph where it has none."""
+    slope = torch.autograd.grad(value, leaf, allow_unused=True)[0] if value.requires_grad else None
+    if slope is None:
+        raise NoGraph(
+            "no gradient can be taken: the card says differentiable, and `value` has no graph that leads back to the "
+            "images. Something in `score` cuts it: detach, item, tolist, numpy, PIL, torch.tensor(...) or no_grad. "
+            "Compute in torch from the images on, or write differentiable=False in the card."
+        )
+    return slope
+
+
+class NoGraph(RewardTuneError):
+    """A reward that calls itself differentiable and is not."""
+
+
+def _of_slope(slope: Tensor) -> str:
+    if not bool(torch.isfinite(slope).all()):
+        return "not finite"
+    return FINITE if bool(slope.any()) else "zero everywhere"
+
+
+def _of_value(value: Tensor) -> tuple[str, bool]:
+    """In words, and whether they are good ones."""
+    if value.dtype != torch.float32:
+        return f"value of {value.dtype} where float32 is expected", False
+    fine = bool(torch.isfinite(value).all())
+    return f"value {FINITE if fine else 'not finite'}", fine
 
 
 def _values(at: Subject) -> Found:
@@ -285,9 +317,8 @@ def _sizes(at: Subject) -> Found:
     found = ", ".join(f"{width} x {height}" for height, width in SIZES)
     if at.reward.card.differentiable:
         leaf = detailed_image(*SIZES[1]).to(at.images).requires_grad_(True)
-        (slope,) = torch.autograd.grad(at.reward.score(leaf, at.prompts[:1]).value.sum(), leaf)
-        fine = bool(torch.isfinite(slope).all()) and bool(slope.any())
-        return fine, f"{found}; gradient where not square {'finite' if fine else 'missing or not finite'}"
+        slope = _of_slope(slope_of(at.reward.score(leaf, at.prompts[:1]).value.sum(), leaf))
+        return slope == FINITE, f"{found}; gradient where not square {slope}"
     return True, found
 
 
@@ -295,12 +326,12 @@ def _bfloat16(at: Subject) -> Found:
     leaf = at.images.bfloat16().requires_grad_(at.reward.card.differentiable)
     value = at.reward.score(leaf, at.prompts).value
     rounded = at.score(leaf.detach().float(), at.prompts).value
-    fine = value.dtype == torch.float32 and bool(torch.isfinite(value).all())
+    told, fine = _of_value(value)
     if at.reward.card.differentiable:
-        (slope,) = torch.autograd.grad(value.sum(), leaf)
-        fine = fine and bool(torch.isfinite(slope).all()) and bool(slope.any())
+        slope = _of_slope(slope_of(value.sum(), leaf))
+        told, fine = f"{told}, gradient {slope}", fine and slope == FINITE
     off = ((value - rounded).abs().max() / at.reward.card.scale).item()
-    return fine and off <= 0.01, f"{'finite' if fine else 'not finite'}; {off:.1g} off the same pixels in float32"
+    return fine and off <= 0.01, f"{told}; {off:.1g} off the same pixels in float32"
 
 
 def _pillow(at: Subject) -> Found:
@@ -337,6 +368,8 @@ def _no_crosstalk(at: Subject) -> Found:
 def _finite_differences(at: Subject) -> Found:
     """Along the gradient's own direction, at the best of four step lengths: too short drowns in rounding."""
     gradient = at.gradient
+    if empty := [i for i, block in enumerate(gradient) if not bool(block.any())]:
+        return False, f"the gradient of image {', '.join(map(str, empty))} is zero: nothing to compare"
     direction = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
     slope = (gradient * direction).sum(dim=(1, 2, 3))
     errors = []

@@ -27,22 +27,14 @@ def load_reward(name: str, *, device: str = "cpu", **options: Any) -> Reward:
     Raises PluginError for an unknown name, RecipeError for an unknown option or weights that do not fit, MissingExtra
     when a package is missing.
     """
-    from pydantic import ValidationError
-
     from rewardtune import registry
-    from rewardtune.errors import MissingExtra, RecipeError
-    from rewardtune.recipe.validate import missing_requirement
+    from rewardtune.errors import MissingExtra
+    from rewardtune.recipe.validate import missing_requirement, read_options
 
     plugin = registry.rewards.load_class(name)
     if why := missing_requirement(plugin.card):
         raise MissingExtra(f"reward {name!r} {why}")
-    try:
-        config = plugin.Config(**options)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise RecipeError(
-            f"reward {name!r} does not take these options: {problems}. `rewardtune rewards show {name}` lists them."
-        ) from error
+    config = read_options(plugin.Config, options, whose=f"reward {name!r}", listed_by=f"rewardtune rewards show {name}")
     with named(name):
         return Checked(plugin.load(config, device=device), config)
 

@@ -50,9 +50,9 @@ def score_images(
 ) -> dict[str, Any]:
     """Score a folder of images, or those that a manifest names: the document of `score --json`.
 
-    spec: NAME[:option=value,...]. images: a folder (PNG, JPEG, WebP in the order of their names) or a .jsonl or
-    .parquet manifest with `image` and, if prompts are known, `prompt` or `caption`. prompts: a prompt file with one
-    line for each image in that order, or a single line for all. progress: called with (done, total).
+    spec: NAME[:option=value,...]. images: a folder (PNG, JPEG, WebP in the order of their names), a picture, or a
+    .jsonl or .parquet manifest with `image` and, if prompts are known, `prompt` or `caption`. prompts: a prompt file
+    with one line for each image in that order, or a single line for all. progress: called with (done, total).
     Raises RecipeError for the spec, DataError for images and prompts, NonFiniteError for a value that is not finite.
     """
     from rewardtune import registry

@@ -390,7 +390,7 @@ def _memory_error(error: BaseException) -> OutOfMemoryError:
     return OutOfMemoryError(
         f"out of memory during training ({found[0] if found else 'no details'}). Raise train.accumulation or lower "
         "train.batch_size, set train.gradient_checkpointing=true, or lower what a sample costs (rollout.height and "
-        "width; gradient.memory=flat or fewer gradient.last_steps); several processes can share the modules with "
-        "train.shard=true. The newest checkpoint is whole; after such a change continue with --allow-changed and the "
-        "keys you changed."
+        "width; gradient.memory=flat or fewer gradient.last_steps), or let a reward see fewer images at once (its own "
+        "batch_size); several processes can share the modules with train.shard=true. The newest checkpoint is whole; "
+        "after such a change continue with --allow-changed and the keys you changed."
     )

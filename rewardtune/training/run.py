@@ -241,9 +241,11 @@ def _run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any, run_i
     recipe = loaded.recipe
     with stop.leaving_at_once():
         task = _build(loaded, where)
-        if isinstance(task, DirectReward):
-            cards = [term.reward.card for term in task.rewards.terms]
-            _together(where, lambda: run_folder.record_rewards(folder, cards, allow=allow))
+        guard = _guard(loaded, task, folder)
+        trained = [term.reward.card for term in task.rewards.terms] if isinstance(task, DirectReward) else []
+        held_out = guard.cards if guard else ()
+        if trained or held_out:
+            _together(where, lambda: run_folder.record_rewards(folder, trained, held_out, allow=allow))
     trackers = None
     if where.main:
         from rewardtune.training.track import build_trackers
@@ -259,7 +261,6 @@ def _run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any, run_i
             config=loaded.resolved,
         )
     try:
-        guard = _guard(loaded, task, folder)
         state = _train(loaded, task, folder=folder, where=where, stop=stop, trackers=trackers, guard=guard)
         facts: dict[str, Any] = {"step": state.step, "skipped": state.skipped, "evaluation": {}}
         _take_back(guard, state, facts)

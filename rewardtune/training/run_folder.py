@@ -103,15 +103,24 @@ def prepare(
     return run_id
 
 
-def record_rewards(folder: Path, cards: Sequence[RewardCard], *, allow: Sequence[str]) -> None:
-    """Write which models the trained rewards are, with the commits that were loaded, into `rewards.json`.
+def record_rewards(
+    folder: Path, trained: Sequence[RewardCard], held_out: Sequence[RewardCard], *, allow: Sequence[str]
+) -> None:
+    """Write which models a run's rewards are, with the commits that were loaded, into `rewards.json`.
 
-    Raises RecipeError where the run was started with others, as when a branch of the hub has moved since; `rewards`
-    in `allow` lets it.
+    trained: those of the objective, role `trained`. held_out: those that its guard looks with, role `guard`. Raises
+    RecipeError where the run was started with others, as when a branch of the hub has moved since; `rewards` in `allow`
+    lets it.
     """
-    found = [{"name": card.name, "models": dict(card.models)} for card in cards]
+    found = [
+        {"name": card.name, "role": role, "models": dict(card.models)}
+        for role, cards in (("trained", trained), ("guard", held_out))
+        for card in cards
+    ]
     file = folder / REWARDS
     before = json.loads(file.read_bytes()) if file.exists() else found
+    if not any("role" in reward for reward in before):  # written before guards were recorded
+        before = [{"role": "trained", **reward} for reward in before] + found[len(trained) :]
     if before != found and "rewards" not in _split(allow):
         raise RecipeError(
             f"{folder} was started with other weights of its rewards: {json.dumps(before)} then, {json.dumps(found)} "

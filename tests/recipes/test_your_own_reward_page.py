@@ -122,7 +122,7 @@ def test_a_file_and_a_function(desk: Desk):
 def test_a_package(desk: Desk):
     said = desk.follow(section("A package"))
     for name in ("warmth", "brightness"):
-        assert re.search(rf"^{name} +acme-rewards 0\.1\.0 +\? ", said, re.MULTILINE), said
+        assert re.search(rf"^{name} +\? .*\n    from acme-rewards 0\.1\.0; ", said, re.MULTILINE), said
     assert said.count("ok    gradient equals finite differences") == 2
     assert trained_on(desk, "warm") == {"warmth", "brightness"}
 

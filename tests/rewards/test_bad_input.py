@@ -29,6 +29,18 @@ FINE = torch.linspace(0, 1, 2 * 3 * 64 * 64).view(2, 3, 64, 64)
 PROMPTS = (Prompt("a red fox"), Prompt("two keys"))
 
 
+@pytest.mark.parametrize(
+    "name", ["clipscore", "pickscore", "hpsv2", "hpsv3", "imagereward", "qrealign", "vqascore", "detection-counts"]
+)
+def test_weights_that_a_variable_keeps_from_being_fetched(name, tmp_path, monkeypatch):
+    """The libraries speak of the connection, whatever forbade it."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(RecipeError, match=f"'{name}'.*HF_HUB_OFFLINE is set, so the hub was not asked"):
+        load_reward(name)
+
+
 def with_a_hole(images: torch.Tensor) -> torch.Tensor:
     holed = images.clone()
     holed[1, 2, 5, 7] = float("nan")

@@ -14,7 +14,7 @@ from backends import hpsv2 as hps
 from rewardtune.rewards.aesthetic import make_head
 from rewardtune.rewards.hpsv2 import clip_model
 
-from rewardtune.backbones.clip import Clip
+from rewardtune.backbones.clip import Clip, QuickGelu
 from rewardtune.backbones.pixels import longer_side
 from rewardtune.backbones.weights import download, fill
 from rewardtune.data.images import to_pil
@@ -39,13 +39,24 @@ def clip() -> Clip:
 
 
 def test_features_are_those_of_transformers_forward(clip):
-    """Its batch is padded and has a mask; ours goes through alone."""
+    """Its batch is padded to the longest and has a mask; ours are padded each to its own length."""
     words = clip.tokenizer(PROMPTS, padding=True, truncation=True, max_length=77, return_tensors="pt")
     images = torch.rand(5, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     out = clip.model(**words, pixel_values=clip.pixels(images))
     assert torch.allclose(clip.image_features(images), out.image_embeds, atol=1e-6)
     assert torch.allclose(clip.text_features(PROMPTS), out.text_embeds, atol=1e-6)
     assert torch.allclose(clip.similarity(images, PROMPTS), (out.image_embeds * out.text_embeds).sum(-1), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5), (2, 50, 1000), (3, 7, 65539)])
+def test_the_activation_is_transformers_own_to_the_bit(shape):
+    from transformers.activations import QuickGELUActivation
+
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3
+    for given in (x, x.bfloat16(), x.transpose(0, 2)):
+        with torch.no_grad():
+            assert torch.equal(QuickGelu()(given.clone()), QuickGELUActivation()(given))
+        assert torch.equal(QuickGelu()(given.clone().requires_grad_(True)), QuickGELUActivation()(given))
 
 
 def test_text_features_that_were_kept_are_bit_equal_and_run_the_tower_once(clip):
@@ -57,6 +68,44 @@ def test_text_features_that_were_kept_are_bit_equal_and_run_the_tower_once(clip)
     assert torch.equal(clip.text_features(PROMPTS), together)
     assert not calls
     assert not together.requires_grad
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_text_features_do_not_depend_on_neighbours_nor_on_the_row(dtype, threads):
+    """At the width of ViT-L/14's text tower, where the products are split into tiles and among threads."""
+    model = tiny_clip.text_tower(width=768, heads=12).to(getattr(torch, dtype))
+    drawn = np.random.RandomState(0)
+    words = ["".join(chr(97 + c) for c in drawn.randint(0, 26, n)) for n in (1, 3, 8, 12, 22, 23, 30, 46, 60, 90)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        alone = {word: Clip(model, tiny_clip.tokenizer()).text_features([word])[0] for word in words}
+        for _ in range(4):
+            mixed = [words[i] for i in drawn.permutation(len(words))]
+            for prompt, found in zip(mixed, Clip(model, tiny_clip.tokenizer()).text_features(mixed), strict=True):
+                assert torch.equal(found, alone[prompt]), prompt
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("eos", ["the tokenizer's", 2])
+def test_new_prompts_of_a_kind_share_a_pass_and_the_end_token_is_found(eos):
+    """Configs of the first published CLIPs say 2, which transformers takes for 'the highest id'."""
+    model = tiny_clip.model()
+    if eos == 2:
+        model.text_model.eos_token_id = model.config.text_config.eos_token_id = 2
+    clip = Clip(model, tiny_clip.tokenizer())
+    passes = []
+    model.text_model.register_forward_hook(lambda module, args, kwargs, out: passes.append(
+        tuple(kwargs["input_ids"].shape)), with_kwargs=True)  # fmt: skip
+    prompts = ["a fox", "two keys", "a fox", "three", "x" * 30, "y" * 200]
+    found = clip.text_features(prompts)
+    assert sorted(passes) == [(2, 24), (2, 24), (2, 48), (2, 77)]
+    for prompt, row in zip(prompts, found, strict=True):
+        ids = clip.tokenizer(prompt, truncation=True, max_length=77, return_tensors="pt").input_ids
+        own = model.get_text_features(input_ids=ids).pooler_output[0]
+        assert torch.allclose(row, torch.nn.functional.normalize(own, dim=-1), atol=1e-6)
 
 
 def test_a_bounded_number_of_prompts_is_kept(clip, monkeypatch):

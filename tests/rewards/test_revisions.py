@@ -106,7 +106,11 @@ def test_a_run_keeps_them_and_goes_on_with_no_others(tmp_path):
     first = train(1)
     assert first.returncode == 0, first.stderr[-3000:]
     kept = json.loads((tmp_path / "run/rewards.json").read_text())
-    assert kept == [{"name": "vqascore", "models": {"team/judge": f"main, not pinned: loaded at {COMMITS[0]}"}}]
+    assert kept == [
+        {"name": "vqascore", "role": "trained", "models": {"team/judge": f"main, not pinned: loaded at {COMMITS[0]}"}},
+        # the demo's
+        {"name": "zreward", "role": "guard", "models": {"pocket:held-out-scorer": "shipped"}},
+    ]
     (cache / "models--team--judge/refs/main").write_text(COMMITS[1])
     moved = train(2, "--allow-changed", "train.steps")
     assert moved.returncode == 2

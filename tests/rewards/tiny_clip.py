@@ -46,6 +46,22 @@ def model(*, size: int = 28, width: int = 32) -> Any:
     return made
 
 
+def text_tower(*, width: int, heads: int) -> Any:
+    """A CLIPModel with one block of a real width in its text tower; its vision tower is of no use."""
+    from transformers import CLIPConfig, CLIPModel
+
+    words = tokenizer()
+    text = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 1, "num_attention_heads": heads,
+            "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id,
+            "vocab_size": len(words)}  # fmt: skip
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    made: Any = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
+    seed(made.text_model, spread=width**-0.5)
+    seed(made.text_projection, spread=width**-0.5)
+    return made
+
+
 def seed(module: torch.nn.Module, number: int = 0, spread: float = 0.2) -> None:
     """Normal weights by their names' order, 1 for what scales after a norm; stable over versions of torch."""
     drawn = np.random.RandomState(number)

@@ -57,6 +57,16 @@ class Flat(_Plain):
         return Score(1 + 0 * images.mean((1, 2, 3)))
 
 
+@register_reward("narrow")
+class Narrow(_Plain):
+    """A peak of red at 107/255, two grey levels wide, which a long step crosses."""
+
+    card = RewardCard("narrow", "red near 107", differentiable=True, needs_prompt=False, range=(0, 1))
+
+    def score(self, images, prompts):
+        return Score((-((255 * images[:, 0].mean((1, 2)) - 107) / 2).square()).exp())
+
+
 @register_reward("cut")
 class Cut(_Plain):
     """Says that it is differentiable and is not."""

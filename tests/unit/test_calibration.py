@@ -230,7 +230,7 @@ def test_rewards_that_do_not_fit_the_data(tmp_path):
         calibrate(data, ["redness", "pocket-oracle"], out=tmp_path / "out", skip_failed=True)
     with pytest.raises(ImportError, match="rednes"):
         calibrate(data, ["rednes"], out=tmp_path / "out")
-    with pytest.raises(RecipeError, match="does not take these options"):
+    with pytest.raises(RecipeError, match="'redness': key 'power' unknown in options, which takes no keys"):
         calibrate(data, ["redness:power=2"], out=tmp_path / "out")
     with pytest.raises(RecipeError, match="needs a reward"):
         calibrate(data, [], out=tmp_path / "out")

@@ -207,6 +207,7 @@ def test_rewards_list_json_has_the_promised_fields(run):
     assert list(rows["zreward"]) == [
         "name",
         "source",
+        "summary",
         "differentiable",
         "needs_prompt",
         "range",
@@ -215,11 +216,112 @@ def test_rewards_list_json_has_the_promised_fields(run):
         "extra",
         "available",
         "why_not",
+        "weights",
+        "needs_options",
+        "to_fetch",
+        "offline",
+        "missing",
     ]
     assert rows["zreward"]["differentiable"] is True
     assert rows["zreward"]["range"] == [1.0, 5.0]
     assert rows["pocket-oracle"]["differentiable"] is False
     assert rows["pocket-oracle"]["available"] is True
+
+
+def test_rewards_list_tells_what_is_here_and_how_to_get_the_rest(run, folder, monkeypatch):
+    from huggingface_hub import constants
+
+    from rewardtune import registry
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+
+    def rows() -> dict[str, dict]:
+        return {row["name"]: row for row in json.loads(run("rewards", "list", "--json")[1])}
+
+    found = rows()
+    (model, revision), *_ = registry.rewards.card("clipscore").models.items()
+    assert found["clipscore"]["weights"] == [
+        {"model": model, "version": revision, "source": "hub", "at_hand": False}
+    ] and found["clipscore"]["to_fetch"] == [model]
+    assert found["zreward"]["weights"][0]["source"] == "shipped" and found["zreward"]["to_fetch"] == []
+    assert found["jpeg-size"]["weights"] == [] and found["jpeg-size"]["missing"] == []
+    assert {one["source"] for one in found["ocr"]["weights"]} == {"package"}
+    assert found["http-judge"]["missing"] == ["needs options: http-judge:url=...,served_model=..."]
+    assert found["rewarddance"]["weights"][0]["source"] == "yours"
+    assert [one["source"] for one in found["aesthetic"]["weights"]] == ["hub", "address"]
+
+    kept = folder / "hub" / f"models--{model.replace('/', '--')}"
+    (kept / "snapshots" / revision).mkdir(parents=True)
+    (kept / "snapshots" / revision / "config.json").write_text("{}")
+    assert rows()["clipscore"]["weights"][0]["at_hand"] is True
+    (kept / "blobs").mkdir()
+    (kept / "blobs" / "1234.incomplete").write_text("")
+    assert rows()["clipscore"]["weights"][0]["at_hand"] is False, "broken off"
+    (kept / "blobs" / "1234.incomplete").unlink()
+
+    _, out, _ = run("rewards", "list")
+    assert "comes from the hub at first use: detection-counts, hpsv2," in " ".join(out.split())
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    _, out, _ = run("rewards", "list")
+    told = " ".join(out.split())
+    assert "HF_HUB_OFFLINE is set, so it cannot be: detection-counts, hpsv2," in told
+    assert rows()["hpsv3"]["offline"] == "HF_HUB_OFFLINE" and rows()["clipscore"]["offline"] is None
+    _, out, _ = run("rewards", "show", "pickscore")
+    assert "yuvalkirstain/PickScore_v1: hub, not fetched" in out and "HF_HUB_OFFLINE is set" in out
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("clipscore:modle=x", "'clipscore': key 'modle' unknown in options; did you mean 'model'? `rewardtune rewards"),
+        ("http-judge", "'http-judge': key 'url' is missing in options; key 'served_model' is missing in options."),
+        ("clipscore:w=much", "options.w is the text 'much'; expected a number"),
+        ("zreward:dtype=float16", "options.dtype is the text 'float16' (it can be float32, bfloat16)"),
+    ],
+)
+def test_options_are_corrected_as_those_of_recipes_are(run, spec, said):
+    code, _, err = run("rewards", "test", spec)
+    assert code == 2 and said in err
+    assert "does not take" not in err and "Input should" not in err and "Field required" not in err
+
+
+def test_rewards_show_warns_of_a_licence_that_forbids_commercial_use(run, folder):
+    licence = 'licence_code="MIT", licence_weights="CC BY-NC 4.0", commercial_use=False,'
+    (folder / "plugin.py").write_text(PLUGIN.replace("needs_prompt=False,", f"needs_prompt=False, {licence}"))
+    code, out, _ = run("rewards", "show", "brightness", "--plugin", "plugin.py")
+    from rewardtune import registry
+
+    del registry.rewards._decorated["brightness"]
+    assert code == 0
+    assert "warning: its licence forbids commercial use (code: MIT; weights: CC BY-NC 4.0)" in out
+    _, out, _ = run("rewards", "show", "zreward")
+    assert "warning" not in out
+
+
+def test_rewards_test_says_a_cause_once_and_counts(run):
+    cut = str(Path(__file__).with_name("fussy.py"))
+    code, out, err = run("rewards", "test", "cut", "--plugin", cut)
+    assert code == 1 and "'cut' fails 5 of 11 checks" in err
+    assert out.count("no gradient can be taken") == 1
+    assert out.splitlines()[-2].startswith("FAIL  picture sizes; images in bfloat16; gradient reaches every image;")
+    assert out.splitlines()[-1] == "6 of 11 checks passed"
+
+
+@pytest.mark.parametrize("columns", [100, 64, 240])
+def test_rewards_list_fits_the_terminal_and_says_what_each_measures(run, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, out, _ = run("rewards", "list", "--plugin", "plugin.py")
+    lines = out.splitlines()
+    from rewardtune import registry
+
+    del registry.rewards._decorated["brightness"]
+    table = lines[: lines.index("")]
+    assert max(map(len, table)) <= min(columns, 100)
+    assert any(line.startswith("    cosine of picture and caption in CLIP's space") for line in table)
+    assert any("plugin.py; mean of the" in line or "from " in line for line in table)
+    assert all(len(line) <= min(columns, 100) or " " not in line.strip() for line in lines)
 
 
 def test_a_broken_third_party_is_listed_as_unavailable(folder):
@@ -269,7 +371,7 @@ def test_plugin_rewards_are_listed_shown_and_tested(run):
     assert "power (default 1.0): Exponent of each pixel." in out
     code, out, err = run("rewards", "test", "brightness:power=2", "--plugin", "plugin.py")
     assert code == 0, err
-    assert "gradient reaches every image" in out and out.count("ok  ") == len(out.splitlines())
+    assert "gradient reaches every image" in out and out.count("ok  ") == len(out.splitlines()) - 1
     code, out, _ = run("rewards", "test", "brightness", "--plugin", "plugin.py", "--json")
     assert all(check["passed"] for check in json.loads(out))
     code, _, err = run("rewards", "test", "brightness:pwer=2", "--plugin", "plugin.py")

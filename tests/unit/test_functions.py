@@ -81,6 +81,7 @@ def test_with_gradient_it_keeps_the_whole_contract(made):
     assert [check.found for check in checks if not check.passed] == []
     assert "gradient equals finite differences" in [check.name for check in checks]
     assert registry.rewards.card(name).licence_code == "MIT"
+    assert registry.rewards.card(made(lambda images, prompts: [0.0])).licence_code == "not stated"
 
 
 def test_a_function_that_cuts_the_gradient_fails_the_checks(made):

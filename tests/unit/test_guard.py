@@ -16,8 +16,10 @@ from rewardtune import registry
 from rewardtune.errors import RecipeError
 from rewardtune.guard.guard import read_looks
 from rewardtune.guard.verdict import Rule, Seen, verdict
+from rewardtune.plugins import RewardCard
 from rewardtune.recipe.file import load_recipe
 from rewardtune.training import run
+from rewardtune.training.run_folder import record_rewards
 from rewardtune.training.track import read_metrics
 
 RULE = Rule(seeds=1, patience=2, min_diversity=0.7, max_drift=None)
@@ -104,6 +106,8 @@ def test_a_run_that_goes_wrong_is_ended_and_rolled_back(pipeline, tmp_path, caps
     found = finished["guard"]
     assert found["reasons"] and 0 < found["best_step"] < found["last_step"] < 8
     assert found["exported_step"] == found["best_step"] == finished["step"] < found["last_step"]
+    kept = json.loads((folder / "rewards.json").read_text())
+    assert [(reward["name"], reward["role"]) for reward in kept] == [("redness", "trained"), ("evenness", "guard")]
     looks = read_looks(folder / "guard")
     assert [look.step for look in looks] == list(range(0, found["last_step"] + 1, 2))
     assert f"step {found['best_step']} is taken" in capsys.readouterr().err
@@ -159,6 +163,25 @@ def test_a_run_stopped_anywhere_decides_and_exports_alike(pipeline, tmp_path, un
     best = [file.name for file in (whole / "guard").glob("best-*")]
     assert best == [file.name for file in (cut / "guard").glob("best-*")]
     assert all((cut / "guard" / name).read_bytes() == (whole / "guard" / name).read_bytes() for name in best)
+
+
+def test_a_guards_weights_are_those_of_the_start_and_older_records_are_taken(tmp_path):
+    def cards(commit: str) -> list[RewardCard]:
+        return [RewardCard(name, "", differentiable=True, needs_prompt=False, range=None, models={"team/judge": commit})
+                for name in ("one", "other")]  # fmt: skip
+
+    old, new = cards("a" * 40), cards("b" * 40)
+    record_rewards(tmp_path, old[:1], old[1:], allow=())
+    record_rewards(tmp_path, old[:1], old[1:], allow=())
+    with pytest.raises(RecipeError, match=r"other weights of its rewards.*--allow-changed rewards"):
+        record_rewards(tmp_path, old[:1], new[1:], allow=())
+    file = tmp_path / "rewards.json"
+    file.write_text(json.dumps([{"name": "one", "models": {"team/judge": "a" * 40}}]))
+    record_rewards(tmp_path, old[:1], new[1:], allow=())
+    assert [reward["role"] for reward in json.loads(file.read_text())] == ["trained", "guard"]
+    file.write_text(json.dumps([{"name": "one", "models": {"team/judge": "a" * 40}}]))
+    with pytest.raises(RecipeError, match="other weights"):
+        record_rewards(tmp_path, new[:1], new[1:], allow=())
 
 
 def test_a_guard_that_is_trained_on_is_refused(pipeline, tmp_path):

@@ -110,6 +110,22 @@ def test_a_reward_that_is_fooled_by_pixels_and_one_that_agrees(pictures, tmp_pat
     assert alone["verdict"]["outcome"] == "resists" and alone["judges"] == {}
 
 
+def test_a_rise_that_too_long_steps_lose_again_is_not_called_resistance(pictures, tmp_path):
+    """Two steps of 10/255 within 8/255: over the peak, then back beyond where it began."""
+
+    def probed(steps: int) -> dict[str, Any]:
+        return probe("narrow", images=pictures / "a.png", steps=steps, budgets=(8,), out=tmp_path / "out").document
+
+    short = probed(2)
+    assert short["verdict"]["outcome"] == "unsettled" and "--steps" in short["verdict"]["headline"]
+    assert short["budgets"][0]["highest"]["step"] == 1 and short["budgets"][0]["highest"]["gain"] > 0.7
+    assert short["budgets"][0]["rewards"]["narrow"]["gain"] < 0.01
+    assert "after step 1" in short["verdict"]["words"][0]
+    assert "of 1 picture." in " ".join(short["verdict"]["words"])
+    assert "1 picture and noise · 2 steps" in (tmp_path / "out/probe.html").read_text()
+    assert probed(40)["verdict"]["outcome"] == "unjudged", "shorter steps stay up there"
+
+
 def test_the_verdict_follows_its_rules():
     def card(label: str, band: float = 0.1, limits: list[float] | None = None) -> dict[str, Any]:
         return {"label": label, "range": limits, "scale": 2.0, "tie_band": band, "higher_is_better": True}
@@ -123,9 +139,10 @@ def test_the_verdict_follows_its_rules():
         for k, rise in enumerate(rises):
             rewards = {"it": figures(rise)} | ({"judge": figures(judged[k])} if judged else {})
             noise = {"it": {"before": 0.0, "after": rise}}
-            entries.append({"budget": 2 ** (k + 1), "rewards": rewards, "noise": noise,
+            entries.append({"budget": 2 ** (k + 1), "rewards": rewards, "noise": noise, "highest": {"gain": rise},
                             "change": {"rms": 0.01, "linf": 0.02}})  # fmt: skip
-        return {"reward": card("it"), "judges": {"judge": card("judge")} if judged else {}, "budgets": entries}
+        return {"reward": card("it"), "judges": {"judge": card("judge")} if judged else {}, "budgets": entries,
+                "rule": {"steps": 6}}  # fmt: skip
 
     told = {
         # unbounded: a rise of one scale, 2.0, counts

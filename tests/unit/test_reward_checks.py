@@ -100,6 +100,15 @@ def test_a_reward_that_raises_fails_every_check_and_stops_nothing():
     assert all("raised KeyError: 'weights'" in check.found for check in checks)
 
 
+def test_a_cut_graph_and_a_zero_gradient_are_called_what_they_are():
+    cut = {check.found for check in check_reward(Toy(lambda i, p: i.detach().mean((1, 2, 3)))) if not check.passed}
+    assert len(cut) == 1 and "Something in `score` cuts it: detach" in cut.pop(), "one cause, one sentence"
+    flat = {check.name: check.found for check in check_reward(Toy(lambda i, p: 0.5 + 0 * i.mean((1, 2, 3))))}
+    assert not any("not finite" in found or "nan" in found for found in flat.values())
+    assert "gradient zero everywhere" in flat["images in bfloat16"] and "zero everywhere" in flat["picture sizes"]
+    assert flat["gradient equals finite differences"].startswith("the gradient of image 0, 1, 2 is zero")
+
+
 def test_probe_images_stay_away_from_the_ends_and_repeat():
     images = probe_images(3, size=16)
     assert images.shape == (3, 3, 16, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from rewardtune import registry
 from rewardtune.errors import DataError, NonFiniteError, RecipeError
 from rewardtune.plugins import Options, RewardCard
+from rewardtune.progress import Progress
 from rewardtune.scoring.score import find_images, parse_spec, parse_specs, score_images
 from rewardtune.types import Score
 
@@ -244,3 +246,31 @@ def test_a_second_reward_is_not_dropped_in_silence(tmp_path: Path, capsys: pytes
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     code, said = run(capsys, "--reward", "jpeg-size", "--reward", "zreward", "--images", str(tmp_path))
     assert code == 2 and "takes one --reward, not 2 (jpeg-size, zreward)" in said
+
+
+def test_picture_files_are_brought_to_rgb_and_one_alone_will_do(tmp_path):
+    """As docs/rewards.md says: a tensor of one or four channels is refused, a file of them is not."""
+    Image.new("L", (8, 8), 51).save(tmp_path / "grey.png")
+    half = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    half.paste((255, 0, 0, 255), (0, 0, 8, 4))
+    half.putpixel((0, 7), (0, 0, 0, 255))
+    half.save(tmp_path / "transparent.png")
+    found = [score_images("test-redness", images=tmp_path / f"{name}.png", device="cpu")["rows"]
+             for name in ("grey", "transparent")]  # fmt: skip
+    assert [len(rows) for rows in found] == [1, 1]
+    # red above, white below, and one black pixel
+    assert [rows[0]["value"] for rows in found] == pytest.approx([0.2, 63 / 64])
+
+
+def test_a_log_hears_of_progress_only_where_it_takes_long(monkeypatch):
+    def lines(seconds: float) -> list[str]:
+        clock = iter([0.0, *(seconds * i / 20 for i in range(1, 21))])
+        monkeypatch.setattr("rewardtune.progress.time.monotonic", lambda: next(clock))
+        stream = io.StringIO()
+        progress = Progress("scoring images", 20, stream=stream)
+        for _ in range(20):
+            progress.advance(1)
+        return stream.getvalue().splitlines()
+
+    assert lines(5) == []
+    assert len(lines(100)) == 10 and lines(100)[-1] == "scoring images: 20/20 in 1:40"
