@@ -287,7 +287,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the judge's folder")
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--drawn", type=Path, help="keep the state after the first half here, or start from it")
-    parser.add_argument("--steps", type=int, nargs=2, default=[800, 1800], help="on drawings, and on people's words")
+    parser.add_argument("--steps", type=int, nargs=2, default=[800, 1500], help="on drawings, and on people's words")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
