@@ -305,7 +305,8 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     config["names"]["concepts"] = config["names"]["concepts"][1:]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    for name in ("model.safetensors", "likeness.safetensors"):
+        (tmp_path / name).write_bytes((source / name).read_bytes())
     with pytest.raises(DataError, match=r"do not fit config\.json"):
         network.load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
@@ -383,8 +384,7 @@ def test_the_judge_agrees_with_people_on_samples(judge: PocketOracle, monkeypatc
     rows, _, said = compare.judged(compare.LABELS, compare.IMAGES, judge)
     report = compare.agreement(rows, said)
     assert len(rows) == 250 and report["overall"]["facts"] > 2000
-    # The aim is 0.9. Pictures of this pipeline are harder to read than those of the one before it (0.924): see the log.
-    assert report["overall"]["agreement"] > 0.87
+    assert report["overall"]["agreement"] >= 0.9
     # to say yes to everything would agree often, too: wrong facts are found, and not too many
-    assert report["person says wrong"]["agreement"] > 0.6
+    assert report["person says wrong"]["agreement"] > 0.7
     assert abs(report["all facts right"]["oracle"] - report["all facts right"]["person"]) < 0.1
