@@ -135,7 +135,7 @@ artwork: other training pictures, other architecture, other code. No shipped rec
 How: `python dev/pocket/train_oracle.py`, {objects["steps"]:,} and {clean["steps"]:,} steps of {objects["batch"]}
 pictures, then `python dev/pocket/train_likeness.py`, {like["steps"][0]:,} steps on drawings and {like["steps"][1]:,} on
 what was said of {like["objects"]:,} objects in {like["pictures"]:,} other samples (`dev/pocket/oracle_lessons.jsonl`,
-training prompts, one labeller each); seed {objects["seed"]}, {minutes:.0f} minutes on a busy core.
+training prompts, two looks at each); seed {objects["seed"]}, {minutes:.0f} minutes on a busy core.
 
 | pictures (held-out split, {report["clean"]["pictures"]:,}) | facts right | whole prompts right | cleanliness |
 | --- | --- | --- | --- |
