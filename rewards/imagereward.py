@@ -61,13 +61,15 @@ class ImageReward:
         """Hub id or folder of BERT's uncased tokenizer, which the checkpoint does not bring."""
         tokenizer_revision: str | None = None
         """Commit, tag or branch of the tokenizer's hub id."""
+        rounding: bool = False
+        """Round the resized picture to bytes as the reference does, with the gradient passed through."""
         dtype: Literal["float32", "bfloat16"] = "float32"
         """Dtype of the encoders; the head is float32 in either case."""
         gradient_checkpointing: bool = False
         """Run the encoders' blocks again on the way back instead of keeping what they computed."""
 
     def __init__(self, model: BlipReward, tokenizer: Any, config: Config) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.rounding = model, tokenizer, config.rounding
         self.size = int(model.vision.config.image_size)  # type: ignore[arg-type]
         given = {
             config.checkpoint: version(config.checkpoint, config.revision or PINNED.get(config.checkpoint)),
@@ -101,12 +103,13 @@ class ImageReward:
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Score:
         """See `plugins.Reward`."""
-        from rewardtune.backbones.pixels import CLIP_MEAN, CLIP_STD, normalise, shorter_side
+        from rewardtune.backbones.pixels import CLIP_MEAN, CLIP_STD, as_bytes, normalise, shorter_side
         from rewardtune.types import Score
 
         words = self.tokenizer(
             [str(prompt) for prompt in prompts], padding=True, truncation=True, max_length=TOKENS, return_tensors="pt",
         ).to(images.device)  # fmt: skip
-        pixels = normalise(shorter_side(images, self.size), CLIP_MEAN, CLIP_STD)
+        seen = shorter_side(images, self.size)
+        pixels = normalise(as_bytes(seen) if self.rounding else seen, CLIP_MEAN, CLIP_STD)
         raw = self.model(pixels, words["input_ids"], words["attention_mask"])
         return Score(value=(raw - MEAN) / STD)

@@ -69,15 +69,16 @@ class PocketOracle:
         model = load(pocket_path("pocket:oracle"), device=device)
         return cls(model, device=device)
 
-    def read(self, images: Tensor) -> list[Reading]:
-        """What it sees in images (B, 3, H, W) in [0, 1]; sizes other than 64 x 64 are resized."""
+    def read(self, images: Tensor, claims: Sequence[Sequence[Mapping[str, Any]]] | None = None) -> list[Reading]:
+        """What it sees in images (B, 3, H, W) in [0, 1], each with the facts of its caption, against whose artwork it
+        compares; sizes other than 64 x 64 are resized."""
         from rewardtune.pocket.oracle import read
 
         if tuple(images.shape[-2:]) != (64, 64):
             from rewardtune.data.images import resize
 
             images = resize(images, (64, 64))
-        return read(self._model, images.detach().to(self._device))
+        return read(self._model, images.detach().to(self._device), claims)
 
     def check(self, reading: Reading, facts: Sequence[Mapping[str, Any]]) -> list[bool]:
         """Whether each fact holds in a reading."""
@@ -99,7 +100,7 @@ class PocketOracle:
         claims = [facts_of(prompt) for prompt in prompts]
         if len(claims) != len(images):
             raise DataError(f"pocket-oracle: {len(images)} images came with {len(claims)} prompts; give one an image.")
-        readings = self.read(images)
+        readings = self.read(images, claims)
         rows: list[dict[str, float]] = []
         for reading, facts in zip(readings, claims, strict=True):
             held = self.check(reading, facts)

@@ -36,6 +36,11 @@ def main() -> None:
     run(vae / "config.json", python, str(script / "train_vae.py"), "--out", str(vae))
     oracle = WEIGHTS / "oracle"
     run(oracle / "model.safetensors", python, str(script / "train_oracle.py"), "--out", str(oracle), "--vae", str(vae))
+    run(
+        oracle / "likeness.safetensors",
+        python, str(script / "train_likeness.py"), "--out", str(oracle), "--vae", str(vae),
+        "--drawn", str(BUILD / "likeness-drawn.pt"),
+    )  # fmt: skip
     run(oracle / "metrics.json", python, str(script / "measure_oracle.py"), "--out", str(oracle), "--vae", str(vae))
     run(
         untrained / "model_index.json",

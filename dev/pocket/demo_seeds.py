@@ -105,12 +105,14 @@ def table(start: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
     for seed in args.seeds:
-        runs = {f"{arm}-{seed}": BUILD / f"{arm}-{seed}" for arm in ARMS}
-        for (arm, recipe), run in zip(ARMS.items(), runs.values(), strict=True):
+        runs = {f"{arm}-{seed}": BUILD / f"{arm}-{seed}" for arm in args.arms}
+        for arm, run in zip(args.arms, runs.values(), strict=True):
+            recipe = ARMS[arm]
             if not (run / "export").is_dir():
                 rewardtune("train", *recipe, f"train.seed={seed}", "--out", str(run))
                 print(f"{arm}: {training_seconds(run):.0f} s of training", flush=True)

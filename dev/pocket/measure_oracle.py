@@ -101,13 +101,14 @@ def redrawn(oracle: PocketOracle, again: Callable[[Image.Image, random.Random], 
 
 def card(report: dict[str, Any], training: dict[str, Any]) -> str:
     """The README that goes with the weights."""
-    objects, clean = training["objects"], training["cleanliness"]
-    minutes = (objects["seconds"] + clean["seconds"]) / 60
+    objects, clean, like = training["objects"], training["cleanliness"], training["likeness"]
+    minutes = (objects["seconds"] + clean["seconds"] + like["seconds"]) / 60
 
     def row(name: str, said: dict[str, Any]) -> str:
         right, whole = 100 * said["facts_right"], 100 * said["all_facts"]
         return f"| {name} | {right:.1f} % | {whole:.1f} % | {said['cleanliness']:.3f} |"
 
+    parameters = objects["parameters"] + clean["parameters"] + like["parameters"]
     rows = []
     for name, by_severity in report["faults"].items():
         if name in FAULTS:
@@ -125,13 +126,16 @@ tags: [rewardtune]
 
 # Pocket oracle: the held-out judge of the pocket world
 
-A convolutional network of {(objects["parameters"] + clean["parameters"]) / 1e6:.1f} M parameters (float16). One tower
-reads objects, tints, sizes, places and background back out of a 64 x 64 picture; a second one, which also sees the
-first one's features, says how far the picture is from a clean render of what it shows. It shares with the scorer
-nothing but the artwork: other training pictures, other architecture, other code. No shipped recipe trains on it.
+Convolutional networks of {parameters / 1e6:.1f} M parameters (float16). One tower reads objects, tints, sizes, places
+and background back out of a 64 x 64 picture; a second one, which also sees the first one's features, says how far the
+picture is from a clean render of what it shows. A third network lays each object over the artwork of what the caption
+asks for, kept as features, and says whether people would name it so. The judge shares with the scorer nothing but the
+artwork: other training pictures, other architecture, other code. No shipped recipe trains on it.
 
 How: `python dev/pocket/train_oracle.py`, {objects["steps"]:,} and {clean["steps"]:,} steps of {objects["batch"]}
-pictures, seed {objects["seed"]}, {minutes:.0f} minutes on a busy core.
+pictures, then `python dev/pocket/train_likeness.py`, {like["steps"][0]:,} steps on drawings and {like["steps"][1]:,} on
+what was said of {like["objects"]:,} objects in {like["pictures"]:,} other samples (`dev/pocket/oracle_lessons.jsonl`,
+training prompts, two looks at each); seed {objects["seed"]}, {minutes:.0f} minutes on a busy core.
 
 | pictures (held-out split, {report["clean"]["pictures"]:,}) | facts right | whole prompts right | cleanliness |
 | --- | --- | --- | --- |

@@ -62,7 +62,8 @@ def judged(
     rows = [json.loads(line) for line in labels.read_text().splitlines() if line.strip()]
     tiles = pictures(images)
     x = torch.stack([torch.from_numpy(np.array(tiles[row["image"]])).permute(2, 0, 1) for row in rows]).float() / 255
-    readings = [reading for part in x.split(50) for reading in oracle.read(part)]
+    claims = [row["facts"] for row in rows]
+    readings = [reading for i in range(0, len(rows), 50) for reading in oracle.read(x[i : i + 50], claims[i : i + 50])]
     said = [oracle.check(reading, row["facts"]) for reading, row in zip(readings, rows, strict=True)]
     return rows, readings, said
 

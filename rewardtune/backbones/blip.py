@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewardtune.backbones.weights import check_keys, fill
+from rewardtune.data.references import why_not_loaded
+from rewardtune.errors import RecipeError
 
 HEAD_WIDTH = 64
 """Width of an attention head of the vision tower, in ViT-B as in ViT-L; no published file says how many there are."""
@@ -112,12 +114,23 @@ def find_med_config(file: Path, reference: str, *, revision: str | None) -> Path
     if beside.is_file() or Path(reference).expanduser().exists():
         return beside if beside.is_file() else None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(reference, beside.name, revision=revision))
+    except LocalEntryNotFoundError as error:  # the hub was not reached, so nobody knows whether there is one
+        raise _not_fetched(reference, error) from error
     except EntryNotFoundError:
         return None
+    except (HfHubHTTPError, OSError) as error:
+        raise _not_fetched(reference, error) from error
+
+
+def _not_fetched(reference: str, error: Exception) -> RecipeError:
+    return RecipeError(
+        f"reward 'imagereward': med_config.json of checkpoint {reference!r} cannot be fetched from the hub: "
+        f"{why_not_loaded(error, reference)} Give a folder that holds it beside ImageReward.pt."
+    )
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,14 +1,16 @@
 """The network behind the held-out judge, and how its maps become facts.
 
 Read by `rewardtune/rewards/pocket_oracle.py`, trained by `dev/pocket/train_oracle.py`; nothing else imports it. Two
-towers: one finds and names objects on a 16 x 16 grid; the other, trained after it, measures cleanliness.
+towers: one finds and names objects on a 16 x 16 grid; the other, trained after it, measures cleanliness. Whether an
+object passes for what a caption asks for is for a third network, which compares it with the artwork (`likeness.py`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewardtune.errors import DataError
-from rewardtune.pocket.scenes import NATURAL, SIZE
+from rewardtune.pocket.likeness import Likeness, lay_over, looks
+from rewardtune.pocket.scenes import BACKGROUNDS, CONCEPTS, NATURAL, SIZE, tints_of
 
 STRIDE = 4
 """Pixels per grid cell."""
@@ -26,8 +29,13 @@ GRID = SIZE // STRIDE
 PEAK = 0.35
 """Least height of the objectness map at an object's centre."""
 CONFIDENCE = 0.9
-"""Least probability of the best concept; below it the object is there but cannot be named. Of 0.5 to 0.99 this agreed
-best with a person on pictures of an earlier pipeline that still names 99 % of the facts of clean renders."""
+"""Least probability of the best concept where nobody asks for anything; below it the object is there but cannot be
+named. Of 0.5 to 0.99 this agreed best with a person on pictures of an earlier pipeline that still names 99 % of the
+facts of clean renders."""
+GLANCES = ((0.0, 0.0, 1.0), (0.015, 0.01, 1.03), (-0.015, -0.01, 1.03), (0.01, -0.015, 0.97), (-0.01, 0.015, 0.97))
+"""Shifts in units of an object's side, and sizes, at which it is looked at; the logits are averaged (ours)."""
+TOGETHER = 64
+"""Objects that are compared at a time, which bounds memory."""
 SMALL, LARGE = 24.0, 40.0
 """Pixels: an object below the first is small, above the second large (renders: 18, ordinary 18-32, 48)."""
 MARGIN = 6.0
@@ -37,7 +45,7 @@ MARGIN = 6.0
 @dataclass(frozen=True)
 class Detection:
     """One object: its concept (None: cannot be named), tint (None: the artwork's own colours), centre and side in
-    pixels, and the probabilities of concept and tint."""
+    pixels, the probabilities of concept and tint, and its cell on the grid."""
 
     concept: str | None
     tint: str | None
@@ -46,6 +54,8 @@ class Detection:
     side: float
     confidence: float
     tint_confidence: float
+    row: int = 0
+    column: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,13 +149,20 @@ class Cleanliness(nn.Module):
 
 
 class Oracle(nn.Module):
-    """Both towers as they are stored, normalisation folded in."""
+    """All three networks as they are stored; the towers have their normalisation folded in."""
 
     def __init__(self, names: Mapping[str, Sequence[Any]], *, widths: Sequence[int]) -> None:
         super().__init__()
         self.names = names
         self.objects = Objects(names, widths=widths, fused=True)
         self.clean = Cleanliness(widths=widths, fused=True)
+        self.likeness = Likeness(len(pairs_of(names)))
+
+    @property
+    def paper(self) -> Tensor:
+        """Colours (6, 3) of the backgrounds, in [0, 1]."""
+        colours = torch.tensor([BACKGROUNDS[name] for name in self.names["backgrounds"]])
+        return colours.to(self.likeness.unit) / 255
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """All maps of images (B, 3, 64, 64) in [0, 1]."""
@@ -168,46 +185,155 @@ def fold(tower: nn.Module, into: nn.Module) -> None:
     into.load_state_dict(state | {key: own[key] for key in into.state_dict() if key not in state})
 
 
-def load(folder: str | Path, *, device: str | torch.device = "cpu") -> Oracle:
-    """The stored network, in float32. DataError when the folder's files are missing or do not belong together."""
+def load(folder: str | Path, *, device: str | torch.device = "cpu", likeness: bool = True) -> Oracle:
+    """The stored networks, in float32. DataError when the folder's files are missing or do not belong together.
+
+    likeness: False while the third is still to be trained; it is as drawn by chance then.
+    """
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a mapping
+        state = {}
+        for name, prefix in (("model", ""), ("likeness", "likeness."))[: 1 + likeness]:
+            with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - not a mapping
+                    value = file.get_tensor(key)
+                    state[prefix + key] = value.float() if value.is_floating_point() else value
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"pocket-oracle: {folder} cannot be read ({error}); rebuild it with `make pocket`.") from error
     model = Oracle(config["names"], widths=config["widths"])
+    if not likeness:
+        state |= {f"likeness.{key}": value for key, value in model.likeness.state_dict().items()}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise DataError(
-            f"pocket-oracle: {folder}: model.safetensors does not fit config.json ({str(error).splitlines()[0]}); "
+            f"pocket-oracle: {folder}: the weights do not fit config.json ({str(error).splitlines()[0]}); "
             "rebuild it with `make pocket`."
         ) from error
     return model.eval().requires_grad_(False).to(device)
 
 
+def pairs_of(names: Mapping[str, Sequence[Any]]) -> list[tuple[str, str | None]]:
+    """Every concept in every tint that shows on it, in the order of the stored templates."""
+    return [(concept, tint) for concept in names["concepts"] if concept in CONCEPTS
+            for tint in (None, *tints_of(concept))]  # fmt: skip
+
+
+def cues(maps: Mapping[str, Tensor], row: Tensor, cell: Tensor, asked: Tensor) -> Tensor:
+    """What the towers say of objects (N, 5): logits of the asked concept, the asked tint and objectness, log side and
+    local error. row (N,): picture; cell (N, 2): row and column on the grid; asked (N, 2): concept and tint."""
+    r, c = cell.unbind(1)
+
+    def logit(name: str, which: Tensor) -> Tensor:
+        log = maps[name][row, :, r, c].double().log_softmax(-1).gather(1, which[:, None])[:, 0]
+        return (log - torch.log1p(-log.exp().clamp(max=1 - 1e-9))).float()
+
+    return torch.stack(
+        [logit("concept", asked[:, 0]), logit("tint", asked[:, 1]), maps["heat"][row, r, c], maps["side"][row, r, c],
+         maps["error_map"][row, r // 2, c // 2]], 1
+    )  # fmt: skip
+
+
 @torch.no_grad()
-def read(model: Oracle, images: Tensor) -> list[Reading]:
-    """Read images (B, 3, 64, 64) in [0, 1]."""
-    maps = {name: value.cpu() for name, value in model(images.float().clamp(0, 1)).items()}
+def read(model: Oracle, images: Tensor, claims: Sequence[Sequence[Mapping[str, Any]]] | None = None) -> list[Reading]:
+    """Read images (B, 3, 64, 64) in [0, 1].
+
+    claims: facts of the caption of each image. An object then has the name of what is asked for and what it is most
+    like, if people would name it so; without claims, and for what nobody asks for, the first tower names it.
+    """
+    images = images.float().clamp(0, 1)
+    maps = {name: value.cpu() for name, value in model(images).items()}
     heat = maps["heat"].sigmoid()
     peaks = (heat == F.max_pool2d(heat[:, None], 3, 1, 1)[:, 0]) & (heat >= PEAK)
     background = maps["background"].softmax(-1)
     cleanliness = (-maps["error"]).exp()
+    found = [_objects(model, {k: v[i] for k, v in maps.items()}, heat[i], peaks[i]) for i in range(len(heat))]
+    if claims is not None:
+        found = _named(model, images, maps, found, claims)
     readings = []
-    for i in range(len(heat)):
+    for i, objects in enumerate(found):
         best = int(background[i].argmax())
         readings.append(
             Reading(
-                objects=_objects(model, {k: v[i] for k, v in maps.items()}, heat[i], peaks[i]),
+                objects=objects,
                 background=model.names["backgrounds"][best],
                 background_confidence=float(background[i, best]),
                 cleanliness=float(cleanliness[i]),
             )
         )
     return readings
+
+
+def _named(
+    model: Oracle,
+    images: Tensor,
+    maps: Mapping[str, Tensor],
+    found: Sequence[tuple[Detection, ...]],
+    claims: Sequence[Sequence[Mapping[str, Any]]],
+) -> list[tuple[Detection, ...]]:
+    """The objects of each picture, named by comparing them with what its caption asks for."""
+    names, pairs = model.names, {pair: k for k, pair in enumerate(pairs_of(model.names))}
+    asked = [wanted(facts, pairs) for facts in claims]
+    candidates: dict[tuple[int, int], list[tuple[str, str | None]]] = {}
+    for i, own in enumerate(found):
+        for pair in asked[i]:
+            for j in _places(names["concepts"].index(pair[0]), {k: v[i] for k, v in maps.items()}, own):
+                candidates.setdefault((i, j), []).append(pair)
+    objects = sorted(candidates)
+    best: dict[tuple[int, int], tuple[float, str]] = {}
+    for start in range(0, len(objects), TOGETHER):
+        part = objects[start : start + TOGETHER]
+        own = [found[i][j] for i, j in part]
+        x, y, side = (torch.tensor([getattr(o, name) for o in own]).to(images) for name in ("x", "y", "side"))
+        tasks = [(k, pair) for k, place in enumerate(part) for pair in candidates[place]]
+        which = torch.tensor([k for k, _ in tasks])
+        row = torch.tensor([part[k][0] for k, _ in tasks])
+        cell = torch.tensor([(own[k].row, own[k].column) for k, _ in tasks])
+        told = torch.tensor([(names["concepts"].index(c), names["tints"].index(t)) for _, (c, t) in tasks])
+        ground = model.paper[maps["background"][row].argmax(1).to(images.device)]
+        art = model.likeness.artwork(torch.tensor([pairs[pair] for _, pair in tasks]).to(images.device))
+        expected = model.likeness.expected(art, ground)
+        told = cues(maps, row, cell, told).to(images)
+        logits = torch.zeros(len(tasks), device=images.device)
+        for right, down, size in GLANCES:
+            around = (x + right * side, y + down * side, (side * size).clamp(8, 60))
+            views = looks(model.likeness, images[[i for i, _ in part]], *around)
+            seen, _ = lay_over([view[which] for view in views], expected)
+            logits += model.likeness.compare(seen, expected, told) / len(GLANCES)
+        for (k, (concept, _)), logit in zip(tasks, logits.tolist(), strict=True):
+            best[part[k]] = max(best.get(part[k], (-float("inf"), "")), (logit, concept))
+
+    def name(i: int, j: int, detection: Detection) -> Detection:
+        if (i, j) not in best:
+            return detection
+        logit, concept = best[i, j]
+        if logit > 0:
+            return replace(detection, concept=concept, confidence=1 / (1 + math.exp(-logit)))
+        other = detection.concept not in {c for c, _ in asked[i]}
+        return detection if other else replace(detection, concept=None)
+
+    return [tuple(name(i, j, o) for j, o in enumerate(own)) for i, own in enumerate(found)]
+
+
+def _places(concept: int, maps: Mapping[str, Tensor], found: Sequence[Detection]) -> list[int]:
+    """Which objects may be of a concept: those that the first tower takes for it, and the one that it takes for it the
+    most."""
+    chances = [maps["concept"][:, o.row, o.column].log_softmax(0) for o in found]
+    sure = [float(c[concept]) + float(F.logsigmoid(maps["heat"][o.row, o.column]))
+            for c, o in zip(chances, found, strict=True)]  # fmt: skip
+    most = max(sure, default=0.0)
+    return [j for j, (c, s) in enumerate(zip(chances, sure, strict=True)) if s == most or int(c.argmax()) == concept]
+
+
+def wanted(
+    facts: Sequence[Mapping[str, Any]], pairs: Mapping[tuple[str, str | None], int]
+) -> list[tuple[str, str | None]]:
+    """What a caption asks for that there is artwork of: concepts with their tints."""
+    tints = {fact["concept"]: fact.get("tint") for fact in facts if fact.get("kind") == "colour" and "concept" in fact}
+    concepts = dict.fromkeys(fact[key] for fact in facts for key in ("concept", "first", "second") if key in fact)
+    asked = [(c, tints.get(c) if (c, tints.get(c)) in pairs else None) for c in concepts]
+    return [pair for pair in asked if pair in pairs]
 
 
 def _objects(model: Oracle, maps: Mapping[str, Tensor], heat: Tensor, peaks: Tensor) -> tuple[Detection, ...]:
@@ -228,6 +354,8 @@ def _objects(model: Oracle, maps: Mapping[str, Tensor], heat: Tensor, peaks: Ten
             side=float(maps["side"][row, column].exp()) * 16.0,
             confidence=float(concept[best]),
             tint_confidence=float(tint[hue]),
+            row=row,
+            column=column,
         )
         reach = 0.4
         if all((detection.x - o.x) ** 2 + (detection.y - o.y) ** 2 > (reach * max(detection.side, o.side)) ** 2

@@ -11,7 +11,7 @@ import torch
 from reference_numbers import uniform
 from tiny_blip import RECORD, published, write_folder
 
-from rewardtune.backbones.blip import BlipReward, load_blip, renamed
+from rewardtune.backbones.blip import BlipReward, find_med_config, load_blip, renamed
 from rewardtune.backbones.frozen import freeze
 from rewardtune.errors import RecipeError
 from rewardtune.scoring.reward_set import load_reward
@@ -138,3 +138,29 @@ def test_files_that_are_not_its_own_are_refused(folder, tmp_path):
         load(tmp_path / "..")
     with pytest.raises(RecipeError, match="does not load"):
         load_reward("imagereward", checkpoint=str(folder), tokenizer=str(tmp_path))
+
+
+def test_rounding_sees_what_a_file_would_hold_and_passes_the_gradient(folder):
+    """At the tower's own size nothing is resized, so a picture of whole bytes is the same with it and without."""
+    options = {"checkpoint": str(folder), "tokenizer": str(folder)}
+    plain, rounded = load_reward("imagereward", **options), load_reward("imagereward", **options, rounding=True)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    whole = (images * 255).round() / 255
+    expected = plain.score(whole, PROMPTS[:2]).value
+    torch.testing.assert_close(rounded.score(images, PROMPTS[:2]).value, expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(plain.score(images, PROMPTS[:2]).value, expected, rtol=0, atol=1e-5)
+    images.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(rounded.score(images, PROMPTS[:2]).value.sum(), images)
+    whole.requires_grad_(True)
+    (same,) = torch.autograd.grad(plain.score(whole, PROMPTS[:2]).value.sum(), whole)
+    torch.testing.assert_close(gradient, same, rtol=1e-4, atol=1e-7)
+
+
+def test_a_config_that_nobody_could_ask_the_hub_for_is_not_guessed(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    weights = tmp_path / "ImageReward.pt"
+    weights.touch()
+    with pytest.raises(RecipeError, match=r"med_config\.json of checkpoint 'nobody/nothing'.*HF_HUB_OFFLINE is set"):
+        find_med_config(weights, "nobody/nothing", revision=None)
+    assert find_med_config(weights, str(weights), revision=None) is None

@@ -287,9 +287,11 @@ def test_as_many_prompts_as_images(judge: PocketOracle) -> None:
 
 def test_the_weights_are_small_and_the_card_states_what_was_measured() -> None:
     folder = pocket_path("pocket:oracle")
-    assert sum(p.stat().st_size for p in folder.iterdir()) < 3_500_000
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 6_000_000
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert {file.get_tensor(k).dtype for k in file.keys()} == {torch.float16}  # noqa: SIM118
+    with safe_open(folder / "likeness.safetensors", framework="pt") as file:
+        assert file.get_tensor("templates").dtype == torch.int8
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["clean"]["pictures"] >= 1000
     assert metrics["clean"]["facts_right"] >= 0.97
@@ -303,8 +305,9 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     config["names"]["concepts"] = config["names"]["concepts"][1:]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
-    with pytest.raises(DataError, match=r"does not fit config\.json"):
+    for name in ("model.safetensors", "likeness.safetensors"):
+        (tmp_path / name).write_bytes((source / name).read_bytes())
+    with pytest.raises(DataError, match=r"do not fit config\.json"):
         network.load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(DataError, match="cannot be read"):
@@ -381,8 +384,7 @@ def test_the_judge_agrees_with_people_on_samples(judge: PocketOracle, monkeypatc
     rows, _, said = compare.judged(compare.LABELS, compare.IMAGES, judge)
     report = compare.agreement(rows, said)
     assert len(rows) == 250 and report["overall"]["facts"] > 2000
-    # The aim is 0.9. Pictures of this pipeline are harder to read than those of the one before it (0.924): see the log.
-    assert report["overall"]["agreement"] > 0.87
+    assert report["overall"]["agreement"] >= 0.9
     # to say yes to everything would agree often, too: wrong facts are found, and not too many
-    assert report["person says wrong"]["agreement"] > 0.6
+    assert report["person says wrong"]["agreement"] > 0.7
     assert abs(report["all facts right"]["oracle"] - report["all facts right"]["person"]) < 0.1
