@@ -276,9 +276,9 @@ def _named(
     names, pairs = model.names, {pair: k for k, pair in enumerate(pairs_of(model.names))}
     asked = [wanted(facts, pairs) for facts in claims]
     candidates: dict[tuple[int, int], list[tuple[str, str | None]]] = {}
-    for i, own in enumerate(found):
+    for i, here in enumerate(found):
         for pair in asked[i]:
-            for j in _places(names["concepts"].index(pair[0]), {k: v[i] for k, v in maps.items()}, own):
+            for j in _places(names["concepts"].index(pair[0]), {k: v[i] for k, v in maps.items()}, here):
                 candidates.setdefault((i, j), []).append(pair)
     objects = sorted(candidates)
     best: dict[tuple[int, int], tuple[float, str]] = {}
