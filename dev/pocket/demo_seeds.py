@@ -133,7 +133,7 @@ def main() -> None:
         "# The demo at several seeds\n\n"
         f"`python dev/pocket/demo_seeds.py`: {document['prompts']} held-out prompts, {document['seeds']} images each, "
         "judge `pocket-oracle`, every arm against the SFT start; intervals are bootstraps over prompts. All arms "
-        "train the same adapters for about the same time (`training_seconds` in demo.json; on one core a run takes half "
+        "train the same adapters for about the same time (`training_seconds` in the JSON; a run on one core takes half "
         "as long again as on two); `reward` is what the shipped "
         "`pocket:zreward` says of their images.\n\n" + table(start, rows) + "\n\n" + contests(others) + "\n"
     )
