@@ -151,5 +151,6 @@ def test_behind_http(desk: Desk):
         finally:
             server.kill()
     assert trained_on(desk, "remote") == {"colour-match"}
-    (record,) = json.loads((desk.folder / "runs/remote/rewards.json").read_text())
+    record, guard = json.loads((desk.folder / "runs/remote/rewards.json").read_text())
+    assert [record["role"], guard["role"]] == ["trained", "guard"]
     assert record["models"]["what is served"].startswith("identity ")

@@ -86,7 +86,7 @@ def test_a_picture_is_seen_once_however_many_dimensions_ask(export, references, 
 
 
 def test_what_it_cannot_compare_is_refused(export, references, tmp_path):
-    with pytest.raises(RecipeError, match="checkpoint: Field required"):
+    with pytest.raises(RecipeError, match="key 'checkpoint' is missing"):
         load_reward("rewarddance")
     with pytest.raises(RecipeError, match="no `comparison` part"):
         load_reward("rewarddance", checkpoint=str(write_scorer(tmp_path, layers=["full_attention"])))
