@@ -128,6 +128,8 @@ class HPSv3:
         """Commit, tag or branch of the base's hub id."""
         dtype: Literal["float32", "bfloat16"] = "bfloat16"
         """Dtype of the weights, published in bfloat16; the head is float32 in either case."""
+        rounding: bool = False
+        """Round the resized pixels to bytes as Pillow leaves them; the gradient passes straight through."""
         gradient_checkpointing: bool = False
         """Run the blocks again on the way back instead of keeping what they computed."""
 
@@ -247,7 +249,7 @@ def build(base: Any, state: Mapping[str, Tensor], *, file: str, config: HPSv3.Co
 
     geometry = Geometry(
         patch=eye.patch_size, merge=eye.spatial_merge_size, temporal=eye.temporal_patch_size, mean=CLIP_MEAN,
-        std=CLIP_STD, min_pixels=PIXELS, max_pixels=PIXELS,
+        std=CLIP_STD, min_pixels=PIXELS, max_pixels=PIXELS, rounding=config.rounding,
     )  # fmt: skip
     return Network(Asked(HPSv3.card.name, model, None, geometry), head)
 

@@ -103,7 +103,8 @@ class ImageReward:
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Score:
         """See `plugins.Reward`."""
-        from rewardtune.backbones.pixels import CLIP_MEAN, CLIP_STD, as_bytes, normalise, shorter_side
+        from rewardtune.backbones.pixels import CLIP_MEAN, CLIP_STD, normalise, shorter_side
+        from rewardtune.data.images import as_bytes
         from rewardtune.types import Score
 
         words = self.tokenizer(

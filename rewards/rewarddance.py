@@ -53,6 +53,8 @@ class RewardDance:
         """A rubric.json to use instead of the checkpoint's own."""
         dtype: Literal["float32", "bfloat16"] = "float32"
         """Dtype of the weights; probabilities are float32 in either case."""
+        rounding: bool = False
+        """Round the resized pixels to bytes as Pillow leaves them; the gradient passes straight through."""
         gradient_checkpointing: bool = False
         """Run the blocks again on the way back instead of keeping what they computed."""
 
@@ -80,6 +82,7 @@ class RewardDance:
             rubric=config.rubric, dtype=getattr(torch, config.dtype), device=device,
         )  # fmt: skip
         freeze(scorer.model, gradient_checkpointing=config.gradient_checkpointing)
+        scorer = replace(scorer, geometry=replace(scorer.geometry, rounding=config.rounding))
         return cls(load_comparer(scorer), config)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Score:

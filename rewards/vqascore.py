@@ -67,6 +67,8 @@ class VQAScore:
         model would rather say something else."""
         dtype: Literal["float32", "bfloat16"] = "bfloat16"
         """Dtype of the weights; probabilities are float32 in either case."""
+        rounding: bool = False
+        """Round the resized pixels to bytes as Pillow leaves them; the gradient passes straight through."""
         gradient_checkpointing: bool = False
         """Run the blocks again on the way back instead of keeping what they computed."""
 
@@ -94,7 +96,8 @@ class VQAScore:
 
         asked = load_asked(
             cls.card.name, config.checkpoint, revision=config.revision or PINNED.get(config.checkpoint),
-            dtype=config.dtype, gradient_checkpointing=config.gradient_checkpointing, device=device,
+            dtype=config.dtype, rounding=config.rounding, gradient_checkpointing=config.gradient_checkpointing,
+            device=device,
         )  # fmt: skip
         return cls(asked, config)
 

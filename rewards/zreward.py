@@ -52,6 +52,10 @@ class ZReward:
         """A rubric.json to use instead of the checkpoint's own."""
         dtype: Literal["float32", "bfloat16"] = "float32"
         """Dtype of the weights; probabilities are float32 in either case."""
+        rounding: bool = False
+        """Round the resized pixels to bytes as Pillow leaves them; the gradient passes straight through."""
+        gradient_checkpointing: bool = False
+        """Run the blocks again on the way back instead of keeping what they computed."""
 
     def __init__(self, scorer: Scorer, *, checkpoint: str, revision: str | None) -> None:
         geometry, values = scorer.geometry, scorer.rubric.values
@@ -70,6 +74,7 @@ class ZReward:
         """Load the scorer, frozen. Raises RecipeError when the checkpoint is none."""
         import torch
 
+        from rewardtune.backbones.frozen import freeze
         from rewardtune.scorer.model import load_scorer
 
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
@@ -77,6 +82,8 @@ class ZReward:
             config.checkpoint, what=f"reward {cls.card.name!r}: checkpoint", revision=config.revision,
             rubric=config.rubric, dtype=dtype, device=device,
         )  # fmt: skip
+        freeze(scorer.model, gradient_checkpointing=config.gradient_checkpointing)
+        scorer = replace(scorer, geometry=replace(scorer.geometry, rounding=config.rounding))
         return cls(scorer, checkpoint=config.checkpoint, revision=config.revision)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Score:

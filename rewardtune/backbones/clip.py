@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rewardtune.backbones.pixels import CLIP_MEAN, CLIP_STD, as_bytes, normalise, shorter_side
+from rewardtune.backbones.pixels import CLIP_MEAN, CLIP_STD, normalise, shorter_side
 from rewardtune.backbones.weights import check_keys
+from rewardtune.data.images import as_bytes
 from rewardtune.data.references import why_not_loaded
 from rewardtune.errors import RecipeError
 

@@ -1,13 +1,12 @@
 """Images to what a vision tower takes: resize, crop, pad, normalise, all with gradient.
 
 The processors of transformers go through Pillow and cut the graph. Here every resize is bicubic with antialiasing in
-float32, which follows Pillow's on bytes within about 0.3 / 255 on average; `as_bytes` takes the rounding of a saved
-file along, with the gradient passed straight through it.
+float32, which follows Pillow's on bytes within about 0.3 / 255 on average; `data.images.as_bytes` takes the rounding of
+a saved file along, with the gradient passed straight through it.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -44,9 +43,3 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     """Subtract the mean of each channel and divide by its deviation."""
     centre, spread = (images.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
     return (images - centre) / spread
-
-
-def as_bytes(images: Tensor) -> Tensor:
-    """Images in [0, 1] as a file would hold them, in steps of 1 / 255; the gradient passes as if nothing happened."""
-    clamped = images.clamp(0, 1)
-    return clamped + (torch.round(clamped.detach() * 255) / 255 - clamped.detach())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -158,15 +158,16 @@ def load_asked(
     *,
     revision: str | None,
     dtype: str,
+    rounding: bool,
     gradient_checkpointing: bool,
     device: str | torch.device,
 ) -> Asked:
     """A model and its tokenizer from a folder, `pocket:<name>` or a hub id, frozen. Raises RecipeError as `load_model`.
 
-    dtype: of the weights, `float32` or `bfloat16`.
+    dtype: of the weights, `float32` or `bfloat16`. rounding: see `Geometry`.
     """
     loaded = load_model(
         checkpoint, what=f"reward {reward!r}: checkpoint", revision=revision, dtype=getattr(torch, dtype), device=device
     )
     freeze(loaded.model, gradient_checkpointing=gradient_checkpointing)
-    return Asked(reward, loaded.model, loaded.tokenizer, loaded.geometry)
+    return Asked(reward, loaded.model, loaded.tokenizer, replace(loaded.geometry, rounding=rounding))

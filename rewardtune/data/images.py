@@ -119,6 +119,14 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     return functional.interpolate(images, size=size, mode="bicubic", align_corners=False, antialias=True)
 
 
+def as_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] as a file would hold them, in steps of 1 / 255; the gradient passes as if nothing happened."""
+    import torch
+
+    clamped = images.clamp(0, 1)
+    return clamped + (torch.round(clamped.detach() * 255) / 255 - clamped.detach())
+
+
 def grid(images: Tensor, columns: int) -> Image.Image:
     """(B, 3, H, W) in [0, 1] -> one picture, row by row, with white lines of 2 pixels between."""
     from PIL import Image

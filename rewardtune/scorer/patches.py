@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardtune.data.images import resize
+from rewardtune.data.images import as_bytes, resize
 from rewardtune.errors import DataError
 
 FILE = "preprocessor_config.json"
@@ -27,7 +27,8 @@ class Geometry:
 
     patch, merge: side of a patch in pixels, and of the square of patches that becomes one image token.
     temporal: frames of a patch; a still picture is repeated. mean, std: per channel. min_pixels, max_pixels: bounds of
-    the area after resizing.
+    the area after resizing. rounding: resized pixels become bytes, as Pillow leaves them, with the gradient passed
+    straight through; a reward's option, in no file.
     """
 
     patch: int
@@ -37,6 +38,7 @@ class Geometry:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     min_pixels: int = 256 * 256
     max_pixels: int = 4096 * 4096
+    rounding: bool = False
 
     def fit(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing: multiples of patch * merge, area within bounds, shape nearly kept."""
@@ -87,6 +89,7 @@ def patchify(images: Tensor | Sequence[Tensor], geometry: Geometry) -> tuple[Ten
     images = images if images.dtype == torch.float64 else images.float()
     height, width = geometry.fit(*images.shape[-2:])
     images = resize(images, (height, width))
+    images = as_bytes(images) if geometry.rounding else images
     mean, std = (images.new_tensor(v).view(-1, 1, 1) for v in (geometry.mean, geometry.std))
     x = (images - mean) / std
     p, m, t = geometry.patch, geometry.merge, geometry.temporal

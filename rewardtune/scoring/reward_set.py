@@ -5,10 +5,11 @@ The engine's only view of rewards; it knows none by name.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from rewardtune.scoring.checked import Checked, check_score, named
 from rewardtune.scoring.mixing import Mixing
 from rewardtune.scoring.objective import Statistic, expectation
 from rewardtune.types import Prompt, Score
+
+Found = TypeVar("Found")
 
 
 def load_reward(name: str, *, device: str = "cpu", **options: Any) -> Reward:
@@ -71,10 +74,13 @@ class Term:
 
 
 class RewardSet:
-    """Several rewards as one, by `Mixing`. One forward a reward and image."""
+    """Several rewards as one, by `Mixing`. One forward a reward and image.
+
+    Where the device's memory runs out in a reward, it sees half as many images at once from there on.
+    """
 
     def __init__(self, terms: Sequence[Term], mixing: Mixing | None = None) -> None:
-        self.terms, self.mixing = terms, mixing or Mixing()
+        self.terms, self.mixing = list(terms), mixing or Mixing()
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, float]]:
         """(B,) numbers to maximise, and every reward's and dimension's batch mean for the log.
@@ -83,8 +89,8 @@ class RewardSet:
         """
         values: list[Tensor] = []
         metrics: dict[str, float] = {}
-        for term in self.terms:
-            value, seen = score_term(term, images, prompts)
+        for place, term in enumerate(self.terms):
+            value, seen = self._fitting(place, len(prompts), lambda some: score_term(some, images, prompts))
             values.append(term.weight * value)
             metrics |= seen
         return self.mixing.value(values), metrics
@@ -100,13 +106,18 @@ class RewardSet:
         values: list[Tensor] = []
         metrics: dict[str, float] = {}
         gradients: list[Tensor] = []
-        for term in self.terms:
+
+        def one_alone(term: Term) -> tuple[Tensor, Tensor, dict[str, float]]:
             leaf = images.detach().requires_grad_(True)
             value, seen = score_term(term, leaf, prompts)
             factors = torch.ones_like(value) if weights is None else weights.to(value)
             (one,) = torch.autograd.grad((factors * value).mean(), leaf)
+            return one, value.detach(), seen
+
+        for place, term in enumerate(self.terms):
+            one, value, seen = self._fitting(place, len(prompts), one_alone)
             gradients.append(one)
-            values.append(term.weight * value.detach())
+            values.append(term.weight * value)
             metrics |= seen
         norms = [g.norm() for g in gradients]
         combined = torch.zeros_like(images)
@@ -119,6 +130,29 @@ class RewardSet:
             cosine = torch.nn.functional.cosine_similarity(left.flatten(), right.flatten(), dim=0)
             metrics[f"cosine/{a.name}/{b.name}"] = cosine.item()
         return combined, self.mixing.value(values), metrics
+
+    def _fitting(self, place: int, count: int, run: Callable[[Term], Found]) -> Found:
+        """`run` of a term; where memory runs out, of the same with half as many images at once, and so on.
+
+        Raises torch.OutOfMemoryError where one image alone is too much.
+        """
+        while True:
+            term = self.terms[place]
+            size = min(term.batch_size or count, count)
+            try:
+                return run(term)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+            # here and not above: until the handler is left, its traceback holds the graph that did not fit
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            half = (size + 1) // 2
+            self.terms[place] = replace(term, batch_size=half)
+            print(
+                f"reward {term.name!r}: no memory for {size} images at once, so it goes on with {half}. `batch_size: "
+                f"{half}` beside its name in the recipe saves the attempt.", file=sys.stderr,
+            )  # fmt: skip
 
 
 def score_term(term: Term, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, float]]:

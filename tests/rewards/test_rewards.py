@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from backend import Backend, backends, prompt_file
+from reference_numbers import uniform
 from rewardtune.rewards import TABLE
 
 import rewardtune
@@ -16,6 +18,7 @@ from rewardtune import registry
 from rewardtune.errors import RecipeError
 from rewardtune.plugins import RewardCard
 from rewardtune.scoring.checks import SLOPE, Check, check_loaded
+from rewardtune.scoring.reward_set import load_reward
 from rewardtune.training.track import read_metrics
 
 PAGE = Path(__file__).parents[2] / "docs/rewards.md"
@@ -58,6 +61,21 @@ def test_its_options_are_told_and_its_card_is_whole(name, backend):
     assert plugin.card.summary and plugin.card.licence_code and plugin.card.licence_weights
     for option, field in plugin.Config.model_fields.items():
         assert field.description, f"{option} has no docstring"
+
+
+def test_rounding_reads_what_a_file_would_hold(name, backend, made):
+    """Where the reference sees bytes: at any size, and what is resized is rounded again. The gradient passes."""
+    if "rounding" not in registry.rewards.load_class(backend.name).Config.model_fields:
+        pytest.skip("no such option")
+    options = made(name)
+    plain, rounded = load_reward(backend.name, **options), load_reward(backend.name, **options, rounding=True)
+    side = 2 * (plain.card.native_resolution or 32)
+    images = uniform("images", (2, 3, side, side)).requires_grad_(True)
+    prompts = (backend.prompts() if backend.prompts else ["a red fox", "two dogs"])[:2]
+    values = [reward.score(images, prompts).value for reward in (plain, rounded)]
+    assert not torch.equal(*values) and torch.allclose(*values, atol=0.02 * plain.card.scale)
+    smooth, straight = (torch.autograd.grad(value.sum(), images)[0] for value in values)
+    assert torch.cosine_similarity(smooth.flatten(), straight.flatten(), dim=0) > 0.9
 
 
 def test_one_line_of_the_demo_recipe_trains_on_it(name, backend, made, tmp_path):

@@ -30,7 +30,13 @@ def folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def asked(folder: Path, **options: Any) -> Any:
-    given: dict[str, Any] = {"dtype": "float32", "gradient_checkpointing": False, "revision": None, "device": "cpu"}
+    given: dict[str, Any] = {
+        "dtype": "float32",
+        "rounding": False,
+        "gradient_checkpointing": False,
+        "revision": None,
+        "device": "cpu",
+    }
     return load_asked("test", str(folder), **(given | options))
 
 

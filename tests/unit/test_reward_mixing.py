@@ -214,6 +214,52 @@ def test_groups_work_without_a_graph():
     assert not value.requires_grad and inner.seen == [2, 2, 1]
 
 
+class Narrow(Smooth):
+    """Has room for `room` images, on the way there or on the way back."""
+
+    def __init__(self, room: int, *, back: bool) -> None:
+        super().__init__("narrow", 0)
+        self.room, self.back = room, back
+
+    def score(self, images, prompts):
+        score = super().score(images, prompts)
+        if len(images) <= self.room:
+            return score
+        if not self.back:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        def no_room(_):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        score.value.register_hook(no_room)
+        return score
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_where_memory_runs_out_a_reward_sees_fewer_images(back, capsys):
+    images, prompts = pictures().requires_grad_(True), [""] * 5
+    wide, narrow = Smooth("red", 0), Narrow(2, back=back)
+    plain = RewardSet([Term(wide, 3.0), Term(Smooth("narrow", 0))])
+    wanted, numbers, _ = plain.gradient(images, prompts, None, balance="value")
+    rewards = RewardSet([Term(wide, 3.0), Term(narrow)])
+    found, value, _ = rewards.gradient(images, prompts, None, balance="value")
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(value, numbers)
+    told = capsys.readouterr().err
+    assert [f"no memory for {n} images" in told for n in (5, 3, 2)] == [True, True, False]
+    assert "reward 'narrow'" in told and "`batch_size: 2`" in told
+    rewards.gradient(images, prompts, None, balance="value")
+    assert narrow.seen == [5, 3, 2, 2, 1, 2, 2, 1], "kept for the rest of the run"
+    if not back:
+        value, _ = RewardSet([Term(Narrow(2, back=False))]).score(images, prompts)
+        assert torch.autograd.grad(value.mean(), images)[0].abs().sum() > 0
+
+
+def test_one_image_that_is_too_much_is_said_so():
+    with pytest.raises(torch.OutOfMemoryError):
+        RewardSet([Term(Narrow(0, back=False))]).score(pictures(), [""] * 5)
+
+
 RECIPE = "pocket/zreward"
 
 
