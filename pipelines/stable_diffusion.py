@@ -142,7 +142,7 @@ class StableDiffusion:
             width = unet.config.time_cond_proj_dim
             condition = self.pipe.get_guidance_scale_embedding(scales, embedding_dim=width).to(latents)
         output: Tensor = unet(
-            latents.to(unet.dtype), timestep, encoder_hidden_states=embeddings, timestep_cond=condition,
+            latents.to(unet.conv_in.weight.dtype), timestep, encoder_hidden_states=embeddings, timestep_cond=condition,
             return_dict=False,
         )[0]  # fmt: skip
         return output.float()

@@ -176,7 +176,7 @@ class StableDiffusionXL:
             condition = self.pipe.get_guidance_scale_embedding(scales, embedding_dim=unet.config.time_cond_proj_dim)
             condition = condition.to(latents)
         output: Tensor = unet(
-            latents.to(unet.dtype),
+            latents.to(unet.conv_in.weight.dtype),
             timestep,
             encoder_hidden_states=prompts.embeddings,
             timestep_cond=condition,

@@ -39,6 +39,7 @@ class ZReward:
         requires=("transformers",),
         dimensions=DIMENSIONS,
         models={"pocket:zreward": "shipped"},
+        reference="arXiv 2606.09076, section 3 and Eq. 16. Scores lie in 1 to 5, so the scale is 1",
     )
 
     class Config(Options):

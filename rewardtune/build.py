@@ -16,6 +16,7 @@ from rewardtune import gradients, registry
 from rewardtune.data.records import read_captioned_images, read_prompts
 from rewardtune.data.references import resolve, why_not_loaded
 from rewardtune.diffusion import export, lora, offload
+from rewardtune.diffusion.frozen_layers import keep_less
 from rewardtune.diffusion.rollout import sample
 from rewardtune.diffusion.schedulers import check_deterministic
 from rewardtune.errors import PluginError, RecipeError
@@ -105,6 +106,11 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
             export=exporter,
         )
     check_deterministic(pipeline.scheduler)
+    flat = getattr(recipe.gradient, "memory", "flat") == "flat"
+    if not recipe.train.compile:
+        for part in pipeline.pipe.components.values():
+            if isinstance(part, nn.Module):
+                keep_less(part, recompute=flat)
     rollout = recipe.rollout
     guidance = Guidance(rollout.guidance, rollout.guidance_scale, rollout.negative_prompt, rollout.embedded_guidance)
     return DirectReward(
@@ -123,7 +129,7 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
         size=_size(pipeline, rollout),
         sliced=recipe.pipeline.decode == "sliced",
         # a decoder that leaves for main memory after its work cannot be gone through backwards without coming back
-        recompute_decoder=getattr(recipe.gradient, "memory", "flat") == "flat" or recipe.pipeline.offload,
+        recompute_decoder=flat or recipe.pipeline.offload,
         seed=recipe.train.seed,
         augmentation=Augmentation(**recipe.augment.model_dump()) if recipe.augment else None,
         samples=samples,

@@ -25,6 +25,7 @@ BASE = "base"
 """Names the start of the first run among the sides."""
 Diffusion = SftRecipe | DirectRewardRecipe
 _LORA_FILES = (lora_files.DIFFUSERS, lora_files.PEFT)
+_GIVE = "Give `base`, the folder of a `rewardtune train --out`, an exported LoRA, or a pipeline."
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _found(reference: str) -> Side:
         # `runs/nothere` would pass for a hub id
         there = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
         guess = closest(folder.name, there)
-        raise RecipeError(f"{reference}: there is no such folder in {folder.parent}{guess or '.'}")
+        raise RecipeError(f"{reference}: there is no such folder in {folder.parent}{guess or '.'} {_GIVE}")
     if reference.startswith(PREFIX) or not folder.exists():
         from rewardtune.data.references import resolve
 
@@ -153,7 +154,7 @@ def _found(reference: str) -> Side:
         return _from_lora(reference, folder)
     raise RecipeError(
         f"{reference}: neither a run folder (recipe.json), nor an exported LoRA ({_LORA_FILES[0]}), nor a diffusers "
-        "pipeline (model_index.json)."
+        f"pipeline (model_index.json). {_GIVE}"
     )
 
 

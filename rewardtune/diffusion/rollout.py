@@ -61,9 +61,11 @@ class Chain:
         denoiser, take the step again on the way back. strength: factor on the gradient of the prediction.
         """
         if recompute and torch.is_grad_enabled():
+            # no layer draws noise; comparing every tensor with the first pass' shape took 1 % of a small UNet's step
             after: Tensor = checkpoint(
-                self._advance, i, latents, denoiser, strength, use_reentrant=False, preserve_rng_state=False
-            )
+                self._advance, i, latents, denoiser, strength, use_reentrant=False, preserve_rng_state=False,
+                determinism_check="none",
+            )  # fmt: skip
             return after
         return self._advance(i, latents, denoiser, strength)
 

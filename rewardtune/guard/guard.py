@@ -132,6 +132,7 @@ class Guard:
         assert self.verdict is not None
         return {
             "action": self.action,
+            "acted": bool(self.verdict.reasons),
             "exported_step": self.looks[-1].step if self.chosen() is None else self.chosen(),
             "best_step": self.verdict.best,
             "last_step": self.looks[-1].step,

@@ -31,6 +31,6 @@ def find_recipe(path_or_name: str | Path) -> Path:
     nearby = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
     guess = closest(given, [*shipped, *nearby])
     raise RecipeError(
-        f"recipe {given!r}: there is no such file, and no shipped recipe has this name "
-        f"(there are {', '.join(shipped) or 'none'}){guess or '.'}"
+        f"recipe {given!r}: there is no such file, and no shipped recipe has this name{guess or '.'} "
+        "`rewardtune recipes list` lists them."
     )

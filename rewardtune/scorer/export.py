@@ -122,8 +122,6 @@ def _stamp(folder: Path, facts: Mapping[str, str]) -> None:
         with safe_open(file, framework="pt") as handle:
             metadata = handle.metadata() or {}
         save_file(load_file(file), file, metadata={**metadata, **{f"rewardtune.{k}": str(v) for k, v in facts.items()}})
-        # safetensors writes for the owner alone; an export is made to be handed on
-        file.chmod(0o644)
     (folder / "rewardtune.json").write_text(json.dumps(dict(sorted(facts.items())), indent=1) + "\n")
 
 

@@ -63,7 +63,7 @@ def at_hand(card: RewardCard, config: type[BaseModel]) -> AtHand:
 def how_to_fetch(whose: Iterable[str], offline: str | None) -> str:
     """What to do about weights that the hub's cache lacks. whose: rewards, or models."""
     named = ", ".join(whose)
-    own = "give a file or folder of your own as the option that `rewardtune rewards show NAME` names for it."
+    own = "give a file or folder of your own (`model` or `checkpoint` among a reward's options)."
     if offline is None:
         return f"not fetched yet, comes from the hub at first use: {named}. Without a network, {own}"
     return f"not fetched, and {offline} is set, so it cannot be: {named}. Unset it where there is a network, or {own}"

@@ -59,6 +59,7 @@ def save(
             save_file(_separate(tensors), temporary / f"{part}.safetensors")
         _write_json(temporary / STATE, {"step": step, **state})
         _write_json(temporary / MANIFEST, {"format": FORMAT, "step": step, "files": _digests(temporary)})
+        open_to_readers(temporary)
         _sync(temporary)
         if target.exists():
             # Only a run that starts over from an older checkpoint comes here; a rename cannot replace a full folder.
@@ -75,6 +76,18 @@ def save(
         ) from error
     _prune(folder, newest=target, keep=keep)
     return target
+
+
+def open_to_readers(folder: Path) -> None:
+    """Give every file what the umask allows: safetensors writes for its owner alone, and results are made to be shared.
+
+    Raises OSError.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def newest(folder: Path, *, clean: bool = True) -> Checkpoint | None:

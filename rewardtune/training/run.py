@@ -217,11 +217,14 @@ def _take_back(guard: Guard | None, state: State, facts: dict[str, Any]) -> None
 
 def _export(write: Writer, target: Path, provenance: dict[str, str]) -> None:
     """Export beside `target`, then put it in its place: a former export is replaced only by a whole one."""
+    from rewardtune.training.checkpoint import open_to_readers
+
     temporary = target.parent / f".tmp-{target.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         write(temporary, provenance)
+        open_to_readers(temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
     except OSError as error:

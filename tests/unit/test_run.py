@@ -92,6 +92,8 @@ def test_the_average_is_what_is_evaluated_and_exported(tmp_path: Path) -> None:
     assert not torch.equal(exported["0.weight"], trained["net.0.weight"])
     evaluation = json.loads((folder / "finished.json").read_text())["evaluation"]
     assert evaluation["weight"] == float(average["net.0.weight"].sum())
+    modes = {file.stat().st_mode for file in (folder / "export").iterdir()}
+    assert modes == {(folder / "finished.json").stat().st_mode}, "safetensors writes for its owner alone"
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

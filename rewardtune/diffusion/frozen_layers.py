@@ -1,0 +1,145 @@
+"""Frozen layers under gradient: keep for the way back only what the gradient of their input needs.
+
+Autograd keeps a convolution's input although only a trained weight would ask for it, and the tensor between a group
+norm and a SiLU. UNets and decoders of autoencoders are made of these. Nothing here changes a value: convolutions and
+their gradients run the same kernels, and what is computed again comes out the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
+from torch import Tensor, nn
+
+SMALL = 2**18
+"""Bytes of an input below which nothing is gained (ours): the bookkeeping takes as long as the layer."""
+
+
+def keep_less(module: nn.Module, *, recompute: bool) -> None:
+    """Let the layers inside keep less while they are frozen; one whose weights are trained works as before.
+
+    recompute: also take group norms in front of a SiLU, and GEGLU units, again on the way back, which costs a few per
+    cent of time. A layer under autocast keeps what it kept: its weight's copy would be held for every call.
+    """
+    for parent in list(module.modules()):
+        children = dict(parent.named_children())
+        activated = recompute and any(isinstance(layer, nn.SiLU) and not layer.inplace for layer in children.values())
+        for name, layer in children.items():
+            if "forward" in vars(layer) or hasattr(layer, "_hf_hook"):  # done already; or its weights come and go
+                continue
+            if isinstance(layer, nn.Conv2d):
+                # a shortcut reads what the norm beside it keeps in any case
+                if layer.padding_mode == "zeros" and not isinstance(layer.padding, str) and name != "conv_shortcut":
+                    _replace(layer, _convolve)
+            elif activated and isinstance(layer, nn.GroupNorm):
+                _replace(layer, _normalise)
+            elif activated and isinstance(layer, nn.SiLU):
+                _replace(layer, _activate)
+            elif recompute and type(layer) is GEGLU:
+                _replace(layer, _gate)
+
+
+def _replace(layer: nn.Module, forward: Callable[..., Tensor]) -> None:
+    layer.forward = partial(forward, layer, layer.forward)
+
+
+def _applies(layer: nn.Conv2d | nn.GroupNorm | nn.Linear, inputs: Tensor) -> bool:
+    """Under gradient, frozen, and without autocast, which would keep a copy of the weight for each call."""
+    return (
+        inputs.requires_grad
+        and inputs.nbytes >= SMALL
+        and torch.is_grad_enabled()
+        and not (layer.weight is not None and layer.weight.requires_grad)
+        and not (layer.bias is not None and layer.bias.requires_grad)
+        and not torch.is_autocast_enabled(inputs.device.type)
+    )
+
+
+def _convolve(layer: nn.Conv2d, plain: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    if not _applies(layer, inputs):
+        return plain(inputs)
+    settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    found: Tensor = _Convolution.apply(inputs, layer.weight, layer.bias, settings)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]) -> Tensor:
+        # frozen, so nothing needs to watch over it, and the hooks of checkpointing need not see it
+        ctx.weight, ctx.shape, ctx.settings = weight, (inputs.shape, inputs.stride()), settings
+        return torch.conv2d(inputs, weight, bias, *settings)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor, None, None, None]:
+        stride, padding, dilation, groups = ctx.settings
+        # of the input nothing but its shape is read; its strides choose the kernel
+        unread = upstream[0].new_empty_strided(*ctx.shape)
+        found = torch.ops.aten.convolution_backward(
+            upstream[0], unread, ctx.weight, None, stride, padding, dilation, False, [0],
+            groups, [True, False, False],
+        )  # fmt: skip
+        return found[0], None, None, None
+
+
+def _normalise(layer: nn.GroupNorm, plain: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    found = plain(inputs)
+    if _applies(layer, inputs):
+        found._again = (plain, inputs.detach())  # type: ignore[attr-defined]  # read by a SiLU behind it
+    return found
+
+
+def _activate(layer: nn.SiLU, plain: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    again = getattr(inputs, "_again", None)
+    if again is None or not torch.is_grad_enabled():
+        return plain(inputs)
+    found: Tensor = _SiluOfNorm.apply(inputs, *again)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _SiluOfNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, normed: Tensor, norm: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        ctx.norm = norm
+        ctx.save_for_backward(inputs)
+        return F.silu(normed)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor, None, None]:
+        (inputs,) = ctx.saved_tensors
+        found: Tensor = torch.ops.aten.silu_backward(upstream[0], ctx.norm(inputs))
+        return found, None, None
+
+
+def _gate(layer: GEGLU, plain: Callable[..., Tensor], inputs: Tensor, *rest: Any, **more: Any) -> Tensor:
+    if type(layer.proj) is not nn.Linear or not _applies(layer.proj, inputs):
+        return plain(inputs, *rest, **more)
+    found: Tensor = _Geglu.apply(inputs, layer.proj.weight, layer.proj.bias)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Geglu(torch.autograd.Function):
+    """diffusers' `GEGLU.forward`."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.weight, ctx.bias = weight, bias
+        hidden, gate = F.linear(inputs, weight, bias).chunk(2, dim=-1)
+        return hidden * F.gelu(gate)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor, None, None]:
+        (inputs,) = ctx.saved_tensors
+        both = F.linear(inputs, ctx.weight, ctx.bias)
+        hidden, gate = both.chunk(2, dim=-1)
+        to_hidden, to_gate = (found := torch.empty_like(both)).chunk(2, dim=-1)
+        torch.mul(upstream[0], F.gelu(gate), out=to_hidden)
+        torch.mul(upstream[0], hidden, out=to_gate)
+        to_gate.copy_(torch.ops.aten.gelu_backward(to_gate, gate))
+        return found @ ctx.weight, None, None
