@@ -60,6 +60,10 @@ def _steps(results: Path) -> Any:
     return figure
 
 
+LINE = 0.0045
+"""Pair accuracy that a line of names takes."""
+
+
 def _tokens(found: Sequence[Found]) -> Any:
     from matplotlib import pyplot
 
@@ -73,12 +77,19 @@ def _tokens(found: Sequence[Found]) -> Any:
         marker, colour = ("s", "tab:blue") if row.size == "teacher" else ("o", "tab:orange")
         axis.vlines(tokens, min(values), max(values), color=colour, alpha=0.5)
         axis.plot(tokens, hpa, marker, color=colour)
-        axis.annotate(row.method, (tokens, hpa), textcoords="offset points", xytext=(5, 3), fontsize=8)
+    # names beside their points, lowest first, each a line above the one below it
+    height: dict[bool, float] = {}
+    for row in sorted(rows, key=lambda row: row.mean("hpa")):
+        tokens, hpa = row.mean("tokens_per_score"), row.mean("hpa")
+        long = tokens > 4
+        height[long] = place = max(hpa, height.get(long, 0.0) + LINE)
+        axis.annotate(row.method, (tokens, hpa), xytext=(tokens + 0.15, place), fontsize=8, va="center")
     for size, marker, colour in (("teacher's size", "s", "tab:blue"), ("student's size", "o", "tab:orange")):
         axis.plot([], [], marker, color=colour, label=size)
     axis.set_xlabel("output tokens for one score")
     axis.set_ylabel("pair accuracy (mean over seeds; bar: their range)")
-    axis.legend(frameon=False, loc="lower right")
+    axis.set_xlim(right=axis.get_xlim()[1] + 2)
+    axis.legend(frameon=False, loc="lower center")
     return figure
 
 

@@ -160,6 +160,13 @@ def report(results: Path, page: Path, table: Sequence[tuple[Any, int]]) -> None:
         for row in controls:
             cells = _cells(row)
             lines.append("| " + " | ".join([row.size, row.method, row.control, *cells[:6], cells[6]]) + " |")
+    left = []
+    for row, seeds in table:
+        trained = len(by_name[row.name].figures) if row.name in by_name else 0
+        if trained < seeds:
+            left.append(f"{row.name} at {seeds - trained} of {seeds} seeds" if trained else row.name)
+    if left:
+        lines += ["", f"Not trained yet: {', '.join(left)}."]
     page.parent.mkdir(parents=True, exist_ok=True)
     lines += draw(results, page, found)
     page.write_text("\n".join(lines) + "\n")
