@@ -178,7 +178,8 @@ def _write_card(
     elif adapters:
         how.append(f"pipe.load_lora_weights({_THIS})")
     example = "\n".join(how)
-    facts = "\n".join(f"| {k} | `{str(v)[:200]}` |" for k, v in sorted(provenance.items()))
+    # the whole recipe is in the metadata of the weights, and no line of a table
+    facts = "\n".join(f"| {k} | `{v}` |" for k, v in sorted(provenance.items()) if k != "recipe")
     (folder / "README.md").write_text(
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n\n# {provenance.get('name', 'rewardtune')}\n\n"
         f"Trained with rewardtune from `{base}`.\n\n```python\n{example}\n```\n\n"

@@ -133,7 +133,8 @@ def _card(facts: Mapping[str, str], *, use: str, rounding: float) -> str:
     }  # fmt: skip
     if not facts["base"].startswith("pocket:") and not Path(facts["base"]).expanduser().exists():
         front["base_model"] = facts["base"]
-    table = "\n".join(f"| {k} | `{str(v)[:200]}` |" for k, v in sorted(facts.items()))
+    # the whole recipe is in rewardtune.json, and no line of a table
+    table = "\n".join(f"| {k} | `{v}` |" for k, v in sorted(facts.items()) if k != "recipe")
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n\n# {facts.get('name', 'scorer')}\n\n"
         f"{use}\n\n"

@@ -118,7 +118,8 @@ def shown(name: str) -> str:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     assert all(cell.strip() for row in rows for cell in row), "an empty cell"
-    return "".join(f"| {' | '.join(row)} |\n" for row in [header, ["---"] * len(header), *rows])
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [header, ["---"] * len(header), *escaped])
 
 
 def _reads(card: RewardCard) -> str:
