@@ -5,6 +5,7 @@ to list something.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -259,7 +260,9 @@ def recipes_list(as_json: Json = False) -> None:
     for name, file in shipped_recipes().items():
         text = file.read_text(encoding="utf-8")
         task = re.search(r"^task:\s*(\w+)", text, re.MULTILINE)
-        rows.append({"name": name, "task": task[1] if task else None, "summary": _summary(text), "path": str(file)})
+        about = _about(text)
+        rows.append({"name": name, "task": task[1] if task else None, "summary": _first_sentence(about),
+                     "about": about, "path": str(file)})  # fmt: skip
     if as_json:
         show_json(rows)
     else:
@@ -380,9 +383,11 @@ def _first_line(text: str | None) -> str | None:
     return text.strip().splitlines()[0].rstrip(".") if text and text.strip() else None
 
 
-def _summary(text: str) -> str:
-    """The first comment of a recipe that is not for the editor."""
-    for line in text.splitlines():
-        if line.startswith("#") and "yaml-language-server" not in line:
-            return line.lstrip("# ").rstrip()
-    return ""
+def _about(text: str) -> str:
+    """The comment at the head of a recipe, without the line that is for the editor."""
+    head = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.lstrip("# ").rstrip() for line in head if "yaml-language-server" not in line)
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=\S)\. +(?=[A-Z])", text, maxsplit=1)[0].removesuffix(".")

@@ -189,19 +189,24 @@ class TeacherSection(Section):
         return self
 
 
-class RisdSection(Section):
+class ViewedSection(Section):
+    """What a one-pass scorer sees of a picture while it is trained."""
+
+    shift: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """Largest move of a picture either way, as a share of its shorter side, each time the scorer sees it: a judgement
+    is of the picture, not of where its pixels lie (ours)."""
+    noise: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Gaussian noise on the pixels, in [0, 1], each time the scorer sees a picture: standard deviations drawn evenly
+    from 0 to this. A reward whose gradient is taken through noisy views (`augment`) should have seen some (ours)."""
+
+
+class RisdSection(ViewedSection):
     """RISD (Z-Reward, arXiv 2606.09076, Eq. 15), and controls that the paper lacks."""
 
     match: Literal["distribution", "mean"] = "distribution"
     """Forward KL over the levels; or the squared error of the expected score alone (a control)."""
     labels: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of a cross-entropy on the records' own scores beside it (a control)."""
-    shift: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
-    """Largest move of a picture either way, as a share of its shorter side, each time the student sees it: the
-    teacher's judgement is of the picture, not of where its pixels lie (ours)."""
-    noise: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Gaussian noise on the pixels, in [0, 1], each time the student sees a picture: standard deviations drawn evenly
-    from 0 to this. A reward whose gradient is taken through noisy views (`augment`) should have seen some (ours)."""
 
 
 class OpdSection(Section):
@@ -236,7 +241,7 @@ class DanceSection(Section):
         return self
 
 
-class SftTargetSection(Section):
+class SftTargetSection(ViewedSection):
     """Supervised training of the scorer's distribution."""
 
     target: Literal["hard", "two-hot", "histogram"] = "two-hot"

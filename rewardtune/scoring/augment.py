@@ -39,3 +39,12 @@ class Augmentation:
                 view = image[:, down : down + height, right : right + width]
                 seen.append(view + self.noise * torch.randn(view.shape, generator=generator).to(view))
         return torch.stack(seen).clamp(0, 1)
+
+
+def training_view(image: Tensor, generator: torch.Generator, *, shift: float, noise: float) -> Tensor:
+    """What a scorer in training sees of (C, H, W): moved at most by `shift`, with noise whose standard deviation is
+    drawn evenly from 0 to `noise`, so that it learns clean pictures and noisy ones."""
+    if not (shift or noise):
+        return image
+    level = noise * torch.rand((), generator=generator).item()
+    return Augmentation(copies=1, shift=shift, noise=level).views(image[None], [generator])[0]

@@ -24,7 +24,7 @@ from rewardtune.scorer.targets import check_labels, target_maker
 from rewardtune.scorer.teacher import judgements
 from rewardtune.scorer.traces import Item
 from rewardtune.scorer.trainable import trainable_scorer
-from rewardtune.scoring.augment import Augmentation
+from rewardtune.scoring.augment import training_view
 from rewardtune.types import Prompt, StepOutput
 
 
@@ -56,16 +56,12 @@ class RewardRisd:
     def batch(self, step: int, indices: Sequence[int]) -> Batch:
         chosen = [epoch_index(self.seed, "risd/order", i, len(self.items)) for i in indices]
         device = self.scorer.device
-        images = read_tensors((self.items[i][0] for i in chosen), device=device)
-        if self.objective.shift or self.objective.noise:
-            images = [self._view(image, generator(self.seed, "risd/view", i))
-                      for image, i in zip(images, indices, strict=True)]  # fmt: skip
+        shown = zip(read_tensors((self.items[i][0] for i in chosen), device=device), indices, strict=True)
+        shift, noise = self.objective.shift, self.objective.noise
+        images = [training_view(image, generator(self.seed, "risd/view", i), shift=shift, noise=noise)
+                  for image, i in shown]  # fmt: skip
         teacher = self.judge(indices, chosen).to(device)
         return Batch(images, [self.items[i][1] for i in chosen], teacher, self.labels[chosen].to(device))
-
-    def _view(self, image: Tensor, drawn: torch.Generator) -> Tensor:
-        noise = self.objective.noise * torch.rand((), generator=drawn).item()
-        return Augmentation(copies=1, shift=self.objective.shift, noise=noise).views(image[None], [drawn])[0]
 
     def step(self, batch: Batch) -> StepOutput:
         logits = self.scorer.logits(batch.images, batch.prompts)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rewardtune.data.images import read_tensors
 from rewardtune.data.records import PreferenceGroup, RatedImage, read_records
 from rewardtune.errors import DataError
-from rewardtune.randomness import epoch_index
+from rewardtune.randomness import epoch_index, generator
 from rewardtune.recipe.sections import RewardSftRecipe
 from rewardtune.scorer.evaluate import held_out_figures
 from rewardtune.scorer.export import export_scorer
@@ -24,6 +24,7 @@ from rewardtune.scorer.losses import distribution_cross_entropy
 from rewardtune.scorer.model import Scorer
 from rewardtune.scorer.targets import check_labels, target_maker
 from rewardtune.scorer.trainable import trainable_scorer
+from rewardtune.scoring.augment import training_view
 from rewardtune.scoring.objective import expectation
 from rewardtune.types import Prompt, StepOutput
 
@@ -47,7 +48,8 @@ class Batch:
 
 
 class RewardSft:
-    """See `tasks.Task`. `held_out`: groups that `evaluate` reads at the end; `base`: the reference trained from."""
+    """See `tasks.Task`. `held_out`: groups that `evaluate` reads at the end; `base`: the reference trained from;
+    `shift`, `noise`: see `ViewedSection`."""
 
     def __init__(
         self,
@@ -57,15 +59,20 @@ class RewardSft:
         held_out: Sequence[PreferenceGroup] = (),
         seed: int,
         base: str,
+        shift: float = 0.0,
+        noise: float = 0.0,
     ) -> None:
         if not rows:
             raise DataError("the records hold no scores, only preferences; reward_sft trains on scores.")
         self.scorer, self.rows, self.held_out, self.seed, self.base = scorer, rows, held_out, seed, base
+        self.shift, self.noise = shift, noise
         self.trainable: Mapping[str, nn.Module] = {"scorer": scorer.model}
 
     def batch(self, step: int, indices: Sequence[int]) -> Batch:
         rows = [self.rows[epoch_index(self.seed, "reward_sft/order", i, len(self.rows))] for i in indices]
-        images = read_tensors((row.image for row in rows), device=self.scorer.device)
+        shown = zip(read_tensors((row.image for row in rows), device=self.scorer.device), indices, strict=True)
+        images = [training_view(image, generator(self.seed, "reward_sft/view", i), shift=self.shift, noise=self.noise)
+                  for image, i in shown]  # fmt: skip
         target = torch.stack([row.target for row in rows]).to(self.scorer.device)
         return Batch(images, [row.prompt for row in rows], target)
 
@@ -107,7 +114,8 @@ def build_reward_sft(recipe: RewardSftRecipe, *, device: str) -> RewardSft:
     make = target_maker(recipe.objective.target, scorer.rubric)
     held_out = read_records(recipe.data.held_out) if recipe.data.held_out else []
     return RewardSft(
-        scorer, rows=rated_rows(groups, make), held_out=held_out, seed=recipe.train.seed, base=recipe.scorer.model
+        scorer, rows=rated_rows(groups, make), held_out=held_out, seed=recipe.train.seed, base=recipe.scorer.model,
+        shift=recipe.objective.shift, noise=recipe.objective.noise,
     )  # fmt: skip
 
 

@@ -77,6 +77,17 @@ def run(capsys):
     return call
 
 
+def test_recipes_list_says_whole_sentences(run):
+    _, listed, _ = run("recipes", "list")
+    assert all(len(line) <= 160 for line in listed.splitlines())
+    rows = {row["name"]: row for row in json.loads(run("recipes", "list", "--json")[1])}
+    row = rows["stable_diffusion/sft"]
+    assert row["summary"] == "Finetune Stable Diffusion 1.5 on captioned pictures"
+    assert row["about"].startswith(row["summary"] + ". Hardware: one 12 GB GPU. 1.1 B weights, 2.1 GB in bf16")
+    for name, row in rows.items():  # an editor's line is no description, and a sentence begins somewhere
+        assert "yaml-language-server" not in row["about"] and row["summary"][:1].isupper(), name
+
+
 # ------------------------------------------------------------------------------------------------------- no torch, ever
 
 

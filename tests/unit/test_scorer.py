@@ -396,6 +396,19 @@ def test_a_batch_is_named_by_its_indices(folder: Path, tmp_path: Path):
     assert shades == sorted(float(image.mean()) for image in whole.images[3:]) and len(set(shades)) == 3
 
 
+def test_noisy_views_differ_from_visit_to_visit_and_come_back_on_resume(folder: Path, tmp_path: Path):
+    groups = rated(tmp_path, [full(1.0), full(2.0), full(3.0)])
+    plain, noisy = new_task(folder, groups), new_task(folder, groups, noise=0.2)
+    count = len(noisy.rows)
+    clean, seen, again = plain.batch(0, [0, 1]), noisy.batch(0, [0, 1]), noisy.batch(0, [0, 1])
+    assert torch.equal(seen.target, clean.target)
+    off = [(view - image).std().item() for view, image in zip(seen.images, clean.images, strict=True)]
+    assert all(0 < x < 0.2 for x in off) and off[0] != off[1]
+    assert all(torch.equal(a, b) for a, b in zip(seen.images, again.images, strict=True))
+    later = noisy.batch(1, list(range(count, 2 * count)))  # every picture's second visit
+    assert not any(torch.equal(a, b) for a in seen.images for b in later.images)
+
+
 def test_records_without_scores_are_refused(folder: Path, tmp_path: Path):
     with pytest.raises(DataError, match="only preferences"):
         new_task(folder, rated(tmp_path, [{}, {}]))
@@ -421,9 +434,10 @@ def test_adapters_are_merged_into_the_export(folder: Path, tmp_path: Path):
     write_records(rated(tmp_path, [full(1.0), full(5.0)]), tmp_path / "records.jsonl")
     recipe = RewardSftRecipe.model_validate({
         "task": "reward_sft", "scorer": {"model": str(folder), "lora": {"rank": 4}}, "train": {"steps": 3},
-        "data": {"records": str(tmp_path / "records.jsonl")},
+        "data": {"records": str(tmp_path / "records.jsonl")}, "objective": {"noise": 0.01, "shift": 0.02},
     })  # fmt: skip
     task = build_reward_sft(recipe, device="cpu")
+    assert (task.noise, task.shift) == (0.01, 0.02)
     names = [n for n, p in task.trainable["scorer"].named_parameters() if p.requires_grad]
     assert names and all("lora_" in n and "visual" not in n for n in names)
     trained(task, 5, lr=3e-2)
