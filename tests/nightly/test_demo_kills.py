@@ -30,7 +30,7 @@ def steps_done(folder: Path) -> int:
 
 
 def contents(file: Path) -> tuple[dict[str, str], dict[str, bytes]]:
-    """Metadata and tensors. The checkout may be edited during the runs, so its revision is no part of what they made."""
+    """Metadata and tensors. The checkout may be edited during the runs, so its revision is left out."""
     with safe_open(file, framework="np") as opened:
         metadata = {key: value for key, value in opened.metadata().items() if key != "rewardtune.git_revision"}
         return metadata, {name: opened.get_tensor(name).tobytes() for name in opened.keys()}  # noqa: SIM118
