@@ -125,7 +125,8 @@ def judgements(
             # the cache counts over all items, where a few bad ones in a row are no sign yet
             unscorable_share=0.5, **section.server.model_dump(),
         )  # fmt: skip
-        teacher, weights = ServedTeacher(server, rubric, section.traces, seed), section.server.url
+        teacher = ServedTeacher(server, rubric, section.traces, seed)
+        weights = f"{section.model} at {section.server.url}"
     else:
         scorer = load_scorer(section.model, revision=section.revision, rubric=section.rubric, device=device)
         rubric = scorer.rubric

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_scorer import COMPARISON, NAMES, pictures, write_reasoner
 
 from rewardtune.build import build_task
@@ -239,6 +241,21 @@ def test_a_cache_of_another_question_is_refused(tmp_path: Path, change: str):
         to_pil(pictures(1, seed=5))[0].save(tmp_path / "0.png")
     with pytest.raises(RecipeError, match=r"drawn for another question; (traces|pictures) differ"):
         fill(tmp_path / "cache", items(tmp_path, 2), asked={"traces": 4 if change == "question" else 1})
+
+
+def test_a_teacher_that_was_moved_is_the_same_and_a_trained_one_is_another(
+    student: Path, teacher: Path, tmp_path: Path
+):
+    images, cache = write_images(tmp_path, 2), str(tmp_path / "cache")
+    drawn = risd(student, teacher, images, traces=1, cache=cache).batch(0, [0])
+    moved = shutil.copytree(teacher, tmp_path / "moved")
+    again = risd(student, moved, images, traces=1, cache=cache).batch(0, [0])
+    assert torch.equal(again.teacher, drawn.teacher)
+    weights = load_file(moved / "model.safetensors")
+    name = next(name for name in weights if "norm" in name)
+    save_file({**weights, name: weights[name] + 0.5}, moved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="drawn for another question; weights differ"):
+        risd(student, moved, images, traces=1, cache=cache)
 
 
 def test_a_rubric_that_learns_to_compare_keeps_its_judgements(student: Path, teacher: Path, tmp_path: Path):
