@@ -85,7 +85,12 @@ def main() -> None:
     tuned = [BUILD / f"runs/tuned-{rate}" for rate in ("2e-3", "5e-3")]
     for folder in tuned:
         rate = folder.name.removeprefix("tuned-")
-        options = [f"rewards.0.options.checkpoint={scorer / 'export'}", f"optimizer.lr={rate}", "augment.noise=0.04"]
+        options = [
+            f"rewards.0.options.checkpoint={scorer / 'export'}",
+            f"optimizer.lr={rate}",
+            "augment.noise=0.04",
+            "guard=null",
+        ]
         run(folder / "export/README.md", *train, "pocket/zreward", "--out", str(folder), *options)
     more, rated = BUILD / "samples-tuned", BUILD / "annotations-tuned"
     run(
@@ -100,12 +105,26 @@ def main() -> None:
     )  # fmt: skip
     refreshed = BUILD / "runs/scorer-refresh"
     run(refreshed / "export/rubric.json", *train, "pocket/scorer-refresh", "--out", str(refreshed))
-    subprocess.run(
-        [python, str(script / "ship_scorer.py"), str(refreshed / "export"), str(WEIGHTS / "zreward"),
-         "--data", str(rated / "heldout.jsonl"),
-         "--how", "`pocket/scorer-sft`, then `pocket/scorer-refresh`; `make pocket` runs both."],
-        check=True,
-    )  # fmt: skip
+    # The demo's reward: what the table's teacher, which had 300 labelled groups, says of other pictures. Beside
+    # it, for comparison, students of the same base that learn those labels by SFT, with and without noisy views.
+    teacher, student = BUILD / "runs/teacher-gdso", BUILD / "runs/zreward-student"
+    run(teacher / "export/rubric.json", *train, "pocket/teacher-gdso", "--out", str(teacher))
+    run(student / "export/rubric.json", *train, "pocket/zreward-student", "--out", str(student))
+    for name, noise in {"student-sft": 0.1, "student-sft-clean": 0.0}.items():
+        sft = BUILD / "runs" / name
+        options = ["scorer.model=pocket:student-base", f"objective.noise={noise}"]
+        run(sft / "export/rubric.json", *train, "pocket/teacher-sft", *options, "--out", str(sft))
+    shipped = {
+        "zreward": (student, BUILD / "judgements/development.jsonl",
+                    "`pocket/teacher-gdso`, then `pocket/zreward-student`; `make pocket` runs both."),
+        "held-out-scorer": (refreshed, rated / "heldout.jsonl",
+                            "`pocket/scorer-sft`, then `pocket/scorer-refresh`; `make pocket` runs both."),
+    }  # fmt: skip
+    for name, (trained, data, how) in shipped.items():
+        subprocess.run(
+            [python, str(script / "ship_scorer.py"), str(trained / "export"), str(WEIGHTS / name), "--data", str(data),
+             "--how", how], check=True,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,27 +1,34 @@
 """The demo at several seeds beside arms that take the same time: dev/results/demo.{json,md}.
 
-Arms: the reward is the SFT student; what is maximised is not the score's expectation but a statistic that minds the
-whole distribution; SFT goes on. Needs the captioned training pictures (`dev/pocket/make_scenes.py build/pocket/scenes`)
-and the SFT student (`make pocket`). Finished runs are kept in build/demo and not repeated. About half an hour a seed on
-two cores.
+Arms: the reward is the SFT student of the same labels, which saw noise as the RISD student did, or clean pictures only;
+what is maximised is not the score's expectation but a statistic that minds the whole distribution; SFT goes on. Needs
+the captioned training pictures (`dev/pocket/make_scenes.py build/pocket/scenes`) and the SFT students (`make pocket`).
+Finished runs are kept in build/demo and not repeated. About half an hour a seed on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from rewardtune.compare.statistics import net_win_rate, verdicts
 from rewardtune.training.track import read_metrics
 
 BUILD, RESULTS = Path("build/demo"), Path("dev/results")
 STATISTIC = "rewards.0.statistic="
+STUDENT = "rewards.0.options.checkpoint=build/pocket/runs/"
 ARMS: dict[str, tuple[str, ...]] = {
     "zreward": ("pocket/zreward",),
-    "sft-student": ("pocket/zreward", "rewards.0.options.checkpoint=build/pocket/runs/student-sft/export"),
+    "sft-student": ("pocket/zreward", STUDENT + "student-sft/export"),
+    "sft-student-clean": ("pocket/zreward", STUDENT + "student-sft-clean/export"),
     "minus-deviation": ("pocket/zreward", STATISTIC + "{kind: mean-minus-deviation, weight: 1.0}"),
     "lower-tail": ("pocket/zreward", STATISTIC + "{kind: lower-tail-mean, share: 0.25}"),
     "continued-sft": ("pocket/continue-sft",),
@@ -72,8 +79,24 @@ def beside(document: dict[str, Any], seed: int) -> list[dict[str, Any]]:
     return found
 
 
+def together(arm: str, seeds: Sequence[int], tie_band: float) -> dict[str, Any]:
+    """The demo's own arm against another one, all training seeds' images as one sample, resampled by prompt."""
+    outcome, prompts = [], []
+    for seed in seeds:
+        values: dict[str, dict[tuple[str, str], float]] = {}
+        with (BUILD / f"compare-{seed}/samples.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                drawn = row["prompt_index"], row["seed_index"]
+                values.setdefault(row["side"], {})[drawn] = float(row["pocket-oracle"])
+        own, other = values[f"zreward-{seed}"], values[f"{arm}-{seed}"]
+        outcome.append(verdicts(np.array([own[k] for k in own]), np.array([other[k] for k in own]), band=tie_band))
+        prompts += [int(prompt) for prompt, _ in own]
+    found = net_win_rate(np.concatenate(outcome), np.array(prompts))
+    return {"arm": arm, "seed": "all", "net": found.net, "net_ci95": list(found.ci95)}
+
+
 def contests(rows: list[dict[str, Any]]) -> str:
-    """Markdown of `beside`."""
+    """Markdown of `beside` and `together`."""
     lines = ["| zreward against | seed | net (95 % interval) |", "| --- | --- | --- |"]
     for row in rows:
         low, high = row["net_ci95"]
@@ -122,8 +145,10 @@ def main() -> None:
         document = json.loads((report / "compare.json").read_text())
         rows += [arm_row(document, side, run, seed) for side, run in runs.items()]
         others += beside(document, seed)
+    band = document["judge"]["tie_band"]
+    others += [together(arm, args.seeds, band) for arm in args.arms if arm != "zreward"]
     for found in (rows, others):
-        found.sort(key=lambda row: (list(ARMS).index(row["arm"]), row["seed"]))
+        found.sort(key=lambda row: (list(ARMS).index(row["arm"]), str(row["seed"])))
     start = means(document, "base")  # the same images at every training seed
     RESULTS.mkdir(parents=True, exist_ok=True)
     result = {"prompts": document["prompts"], "seeds_a_prompt": document["seeds"], "start": start, "arms": rows,
@@ -134,8 +159,9 @@ def main() -> None:
         f"`python dev/pocket/demo_seeds.py`: {document['prompts']} held-out prompts, {document['seeds']} images each, "
         "judge `pocket-oracle`, every arm against the SFT start; intervals are bootstraps over prompts. All arms "
         "train the same adapters for about the same time (`training_seconds` in the JSON; a run on one core takes half "
-        "as long again as on two); `reward` is what the shipped "
-        "`pocket:zreward` says of their images.\n\n" + table(start, rows) + "\n\n" + contests(others) + "\n"
+        "as long again as on two). `reward` is what the shipped `pocket:zreward` says of their images. Contests of two "
+        "arms are over the same prompts and noise; `all` takes the seeds' images as one sample, resampled by prompt."
+        "\n\n" + table(start, rows) + "\n\n" + contests(others) + "\n"
     )
     print((RESULTS / "demo.md").read_text())
 

@@ -50,7 +50,7 @@ def main() -> None:
     assert mark, f"{card} is not the card of an export"
     card.write_text(
         f"{head}Measured with `rewardtune evaluate` on {report['groups']} held-out groups of four (simulated "
-        f"annotators, `dev/pocket/annotate.py`), 95 % intervals:\n\n{table(report)}\n\nHow: {args.how}\n\n{mark}{facts}"
+        f"annotators), 95 % intervals:\n\n{table(report)}\n\nHow: {args.how}\n\n{mark}{facts}"
     )
 
 
