@@ -184,9 +184,9 @@ def test_the_pocket_reward_under_the_pocket_judge(tmp_path, capsys):
     assert [start["kind"] for start in found["starts"]] == ["drawn"] * 4 + ["noise"]
     first, last = found["budgets"]
     assert first["rewards"]["zreward"]["gain"] > 0.3 and last["rewards"]["zreward"]["better"] == 4
-    # a fact that the judge was about to change its mind on may turn on one picture; not on half of them
+    # a fact that the judge was about to change its mind on may turn on one picture and carry the mean; not on half
+    assert first["rewards"]["zreward"]["better"] == 4
     assert first["rewards"]["pocket-oracle"]["better"] < 2, "pixels are no facts"
-    assert first["rewards"]["pocket-oracle"]["of_range"] < 0.5 * first["rewards"]["zreward"]["of_range"]
     assert last["noise"]["zreward"]["after"] > last["noise"]["zreward"]["before"] + 0.3
     assert last["change"]["linf"] <= 16 / 255 + 1e-6
     assert found["verdict"]["outcome"] == "blind-spot"
