@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rewardtune.randomness import generator
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -34,17 +36,23 @@ class Augmentation:
         padded = F.pad(images, (reach,) * 4, mode="replicate") if reach else images
         seen = []
         for _ in range(self.copies):
-            for image, generator in zip(padded, generators, strict=True):
-                down, right = torch.randint(0, 2 * reach + 1, (2,), generator=generator).tolist()
+            for image, drawn in zip(padded, generators, strict=True):
+                down, right = torch.randint(0, 2 * reach + 1, (2,), generator=drawn).tolist()
                 view = image[:, down : down + height, right : right + width]
-                seen.append(view + self.noise * torch.randn(view.shape, generator=generator).to(view))
+                seen.append(view + self.noise * torch.randn(view.shape, generator=drawn).to(view))
         return torch.stack(seen).clamp(0, 1)
 
 
-def training_view(image: Tensor, generator: torch.Generator, *, shift: float, noise: float) -> Tensor:
-    """What a scorer in training sees of (C, H, W): moved at most by `shift`, with noise whose standard deviation is
-    drawn evenly from 0 to `noise`, so that it learns clean pictures and noisy ones."""
+def training_views(
+    images: Sequence[Tensor], indices: Sequence[int], *, seed: int, name: str, shift: float, noise: float
+) -> list[Tensor]:
+    """What a scorer in training sees of pictures (C, H, W): each moved at most by `shift`, with noise whose standard
+    deviation is drawn evenly from 0 to `noise`, so that it learns clean and noisy ones. Draws are keyed by index."""
     if not (shift or noise):
-        return image
-    level = noise * torch.rand((), generator=generator).item()
-    return Augmentation(copies=1, shift=shift, noise=level).views(image[None], [generator])[0]
+        return list(images)
+    views = []
+    for image, index in zip(images, indices, strict=True):
+        drawn = generator(seed, name, index)
+        level = noise * torch.rand((), generator=drawn).item()
+        views.append(Augmentation(copies=1, shift=shift, noise=level).views(image[None], [drawn])[0])
+    return views

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rewardtune.data.images import read_tensors
 from rewardtune.data.records import PreferenceGroup, read_records
 from rewardtune.errors import DataError
-from rewardtune.randomness import epoch_index, generator
+from rewardtune.randomness import epoch_index
 from rewardtune.recipe.sections import RewardRisdRecipe, RisdSection
 from rewardtune.scorer.evaluate import held_out_figures
 from rewardtune.scorer.export import export_scorer
@@ -24,7 +24,7 @@ from rewardtune.scorer.targets import check_labels, target_maker
 from rewardtune.scorer.teacher import judgements
 from rewardtune.scorer.traces import Item
 from rewardtune.scorer.trainable import trainable_scorer
-from rewardtune.scoring.augment import training_view
+from rewardtune.scoring.augment import training_views
 from rewardtune.types import Prompt, StepOutput
 
 
@@ -56,10 +56,10 @@ class RewardRisd:
     def batch(self, step: int, indices: Sequence[int]) -> Batch:
         chosen = [epoch_index(self.seed, "risd/order", i, len(self.items)) for i in indices]
         device = self.scorer.device
-        shown = zip(read_tensors((self.items[i][0] for i in chosen), device=device), indices, strict=True)
-        shift, noise = self.objective.shift, self.objective.noise
-        images = [training_view(image, generator(self.seed, "risd/view", i), shift=shift, noise=noise)
-                  for image, i in shown]  # fmt: skip
+        images = training_views(
+            read_tensors((self.items[i][0] for i in chosen), device=device), indices, seed=self.seed,
+            name="risd/view", shift=self.objective.shift, noise=self.objective.noise,
+        )  # fmt: skip
         teacher = self.judge(indices, chosen).to(device)
         return Batch(images, [self.items[i][1] for i in chosen], teacher, self.labels[chosen].to(device))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rewardtune.data.images import read_tensors
 from rewardtune.data.records import PreferenceGroup, RatedImage, read_records
 from rewardtune.errors import DataError
-from rewardtune.randomness import epoch_index, generator
+from rewardtune.randomness import epoch_index
 from rewardtune.recipe.sections import RewardSftRecipe
 from rewardtune.scorer.evaluate import held_out_figures
 from rewardtune.scorer.export import export_scorer
@@ -24,7 +24,7 @@ from rewardtune.scorer.losses import distribution_cross_entropy
 from rewardtune.scorer.model import Scorer
 from rewardtune.scorer.targets import check_labels, target_maker
 from rewardtune.scorer.trainable import trainable_scorer
-from rewardtune.scoring.augment import training_view
+from rewardtune.scoring.augment import training_views
 from rewardtune.scoring.objective import expectation
 from rewardtune.types import Prompt, StepOutput
 
@@ -70,9 +70,10 @@ class RewardSft:
 
     def batch(self, step: int, indices: Sequence[int]) -> Batch:
         rows = [self.rows[epoch_index(self.seed, "reward_sft/order", i, len(self.rows))] for i in indices]
-        shown = zip(read_tensors((row.image for row in rows), device=self.scorer.device), indices, strict=True)
-        images = [training_view(image, generator(self.seed, "reward_sft/view", i), shift=self.shift, noise=self.noise)
-                  for image, i in shown]  # fmt: skip
+        images = training_views(
+            read_tensors((row.image for row in rows), device=self.scorer.device), indices, seed=self.seed,
+            name="reward_sft/view", shift=self.shift, noise=self.noise,
+        )  # fmt: skip
         target = torch.stack([row.target for row in rows]).to(self.scorer.device)
         return Batch(images, [row.prompt for row in rows], target)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,11 @@ def test_the_pocket_reward_under_the_pocket_judge(tmp_path, capsys):
     # a fact that the judge was about to change its mind on may turn on one picture and carry the mean; not on half
     assert first["rewards"]["zreward"]["better"] == 4
     assert first["rewards"]["pocket-oracle"]["better"] < 2, "pixels are no facts"
+    before, after = (next(look["values"] for look in looks if look["budget"] == budget)
+                     for looks, budget in ((found["looks"], 0), (found["looks"][::-1], 4)))  # fmt: skip
+    shares = {label: statistics.median(b - a for a, b in zip(before[label][:4], after[label][:4], strict=True)) / width
+              for label, width in {"zreward": 4.0, "pocket-oracle": 1.0}.items()}  # fmt: skip
+    assert shares["pocket-oracle"] < 0.5 * shares["zreward"]
     assert last["noise"]["zreward"]["after"] > last["noise"]["zreward"]["before"] + 0.3
     assert last["change"]["linf"] <= 16 / 255 + 1e-6
     assert found["verdict"]["outcome"] == "blind-spot"
