@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import subprocess
 import sys
@@ -79,16 +80,22 @@ def beside(document: dict[str, Any], seed: int) -> list[dict[str, Any]]:
     return found
 
 
+@functools.cache
+def judged(seed: int) -> dict[str, dict[tuple[str, str], float]]:
+    """Side -> (prompt, noise) -> what the judge says of that image."""
+    values: dict[str, dict[tuple[str, str], float]] = {}
+    with (BUILD / f"compare-{seed}/samples.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            drawn = row["prompt_index"], row["seed_index"]
+            values.setdefault(row["side"], {})[drawn] = float(row["pocket-oracle"])
+    return values
+
+
 def together(arm: str, seeds: Sequence[int], tie_band: float) -> dict[str, Any]:
     """The demo's own arm against another one, all training seeds' images as one sample, resampled by prompt."""
     outcome, prompts = [], []
     for seed in seeds:
-        values: dict[str, dict[tuple[str, str], float]] = {}
-        with (BUILD / f"compare-{seed}/samples.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                drawn = row["prompt_index"], row["seed_index"]
-                values.setdefault(row["side"], {})[drawn] = float(row["pocket-oracle"])
-        own, other = values[f"zreward-{seed}"], values[f"{arm}-{seed}"]
+        own, other = judged(seed)[f"zreward-{seed}"], judged(seed)[f"{arm}-{seed}"]
         outcome.append(verdicts(np.array([own[k] for k in own]), np.array([other[k] for k in own]), band=tie_band))
         prompts += [int(prompt) for prompt, _ in own]
     found = net_win_rate(np.concatenate(outcome), np.array(prompts))
