@@ -4,8 +4,9 @@
 
 Each method is first timed for a few steps, and then given the optimiser steps that fit into `--seconds` of training.
 Everything else is the demo's recipe: adapters, views, rates (Muon, whose updates have the same size whatever the
-gradient's norm, so that one rate serves all), rewards, prompts. Judged by `pocket-oracle` on held-out prompts against
-the SFT start. Needs matplotlib (`pip install -e '.[table]'`) for the picture. Finished parts are kept in build/methods.
+gradient's norm, so that one rate serves all), rewards, prompts; no guard. Judged by `pocket-oracle` against the SFT
+start, on validation prompts, because the demo's method may be chosen from it. Needs matplotlib
+(`pip install -e '.[table]'`) for the picture. Finished parts are kept in build/methods.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def train(method: str, seed: int, steps: int, out: Path) -> Path:
     """A finished run of so many steps."""
     if not (out / "finished.json").exists():
         rewardtune("train", "pocket/zreward", f"gradient={METHODS[method]}", f"train.steps={steps}",
-                   f"train.seed={seed}", "samples.every=100000", "--out", str(out))  # fmt: skip
+                   f"train.seed={seed}", "samples.every=100000", "guard=null", "--out", str(out))  # fmt: skip
     return out
 
 
@@ -134,7 +135,7 @@ def draw(lines: list[dict[str, Any]], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=150.0, help="training time of each run")
+    parser.add_argument("--seconds", type=float, default=60.0, help="training time of each run")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     args = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -144,7 +145,8 @@ def main() -> None:
         runs = {m: train(m, seed, steps[m], BUILD / f"{m}-{seed}") for m in METHODS}
         report = BUILD / f"compare-{seed}"
         if not (report / "compare.json").exists():
-            rewardtune("compare", "base", *map(str, runs.values()), "--out", str(report))
+            rewardtune("compare", "base", *map(str, runs.values()), "--prompts", "pocket:prompts/validation",
+                       "--num-prompts", "128", "--seeds", "1", "--out", str(report))  # fmt: skip
         rows += rows_of(json.loads((report / "compare.json").read_text()), runs, seed)
     lines = summary(rows)
     here = Path(__file__)

@@ -24,7 +24,7 @@ def keep_less(module: nn.Module, *, recompute: bool) -> None:
     """Let the layers inside keep less while they are frozen; one whose weights are trained works as before.
 
     recompute: also take group norms in front of a SiLU, and GEGLU units, again on the way back, which costs a few per
-    cent of time. A layer under autocast keeps what it kept: its weight's copy would be held for every call.
+    cent of time. Under autocast a weight is cast again on the way back, so that no copy of it is kept.
     """
     for parent in list(module.modules()):
         children = dict(parent.named_children())
@@ -49,15 +49,20 @@ def _replace(layer: nn.Module, forward: Callable[..., Tensor]) -> None:
 
 
 def _applies(layer: nn.Conv2d | nn.GroupNorm | nn.Linear, inputs: Tensor) -> bool:
-    """Under gradient, frozen, and without autocast, which would keep a copy of the weight for each call."""
+    """Under gradient, frozen, and large enough."""
     return (
         inputs.requires_grad
         and inputs.nbytes >= SMALL
         and torch.is_grad_enabled()
         and not (layer.weight is not None and layer.weight.requires_grad)
         and not (layer.bias is not None and layer.bias.requires_grad)
-        and not torch.is_autocast_enabled(inputs.device.type)
     )
+
+
+def _autocast_now(device: torch.device) -> torch.autocast:
+    """The autocast that holds here, to hold again on the way back, which runs outside it."""
+    kind = device.type
+    return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
 
 
 def _convolve(layer: nn.Conv2d, plain: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -72,7 +77,8 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]) -> Tensor:
         # frozen, so nothing needs to watch over it, and the hooks of checkpointing need not see it
-        ctx.weight, ctx.shape, ctx.settings = weight, (inputs.shape, inputs.stride()), settings
+        ctx.weight, ctx.settings = weight, settings
+        ctx.shape, ctx.dtype = (inputs.shape, inputs.stride()), inputs.dtype
         return torch.conv2d(inputs, weight, bias, *settings)
 
     @staticmethod
@@ -81,10 +87,10 @@ class _Convolution(torch.autograd.Function):
         # of the input nothing but its shape is read; its strides choose the kernel
         unread = upstream[0].new_empty_strided(*ctx.shape)
         found = torch.ops.aten.convolution_backward(
-            upstream[0], unread, ctx.weight, None, stride, padding, dilation, False, [0],
+            upstream[0], unread, ctx.weight.to(unread.dtype), None, stride, padding, dilation, False, [0],
             groups, [True, False, False],
         )  # fmt: skip
-        return found[0], None, None, None
+        return found[0].to(ctx.dtype), None, None, None
 
 
 def _normalise(layer: nn.GroupNorm, plain: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -105,14 +111,16 @@ def _activate(layer: nn.SiLU, plain: Callable[[Tensor], Tensor], inputs: Tensor)
 class _SiluOfNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, normed: Tensor, norm: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        ctx.norm = norm
+        ctx.norm, ctx.autocast = norm, _autocast_now(inputs.device)
         ctx.save_for_backward(inputs)
         return F.silu(normed)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor, None, None]:
         (inputs,) = ctx.saved_tensors
-        found: Tensor = torch.ops.aten.silu_backward(upstream[0], ctx.norm(inputs))
+        with ctx.autocast:
+            normed = ctx.norm(inputs)
+        found: Tensor = torch.ops.aten.silu_backward(upstream[0], normed)
         return found, None, None
 
 
@@ -129,17 +137,18 @@ class _Geglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(inputs)
-        ctx.weight, ctx.bias = weight, bias
+        ctx.weight, ctx.bias, ctx.autocast = weight, bias, _autocast_now(inputs.device)
         hidden, gate = F.linear(inputs, weight, bias).chunk(2, dim=-1)
         return hidden * F.gelu(gate)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor, None, None]:
         (inputs,) = ctx.saved_tensors
-        both = F.linear(inputs, ctx.weight, ctx.bias)
-        hidden, gate = both.chunk(2, dim=-1)
-        to_hidden, to_gate = (found := torch.empty_like(both)).chunk(2, dim=-1)
-        torch.mul(upstream[0], F.gelu(gate), out=to_hidden)
-        torch.mul(upstream[0], hidden, out=to_gate)
-        to_gate.copy_(torch.ops.aten.gelu_backward(to_gate, gate))
-        return found @ ctx.weight, None, None
+        with ctx.autocast:
+            both = F.linear(inputs, ctx.weight, ctx.bias)
+            hidden, gate = both.chunk(2, dim=-1)
+            to_hidden, to_gate = (found := torch.empty_like(both)).chunk(2, dim=-1)
+            torch.mul(upstream[0], F.gelu(gate), out=to_hidden)
+            torch.mul(upstream[0], hidden, out=to_gate)
+            to_gate.copy_(torch.ops.aten.gelu_backward(to_gate, gate))
+            return (found @ ctx.weight).to(inputs.dtype), None, None
