@@ -37,15 +37,15 @@ def rewards_list(as_json: Json = False) -> None:
     if as_json:
         show_json(rows)
         return
-    _show_rewards(rows, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
+    _show_rewards(rows, shutil.get_terminal_size((0, 0)).columns or None)  # None: a pipe or a file
 
 
-WIDTH = 100
-"""Ours: columns of `rewards list` at most; less where the terminal has less."""
+PROSE = 100
+"""Ours: columns of sentences."""
 
 
-def _show_rewards(rows: list[dict[str, Any]], width: int) -> None:
-    """A line of facts and one of what it measures for each, then what is missing and how to get it."""
+def _show_rewards(rows: list[dict[str, Any]], width: int | None) -> None:
+    """A line of facts and one of what it measures for each, cut to `width`, then what is missing and how to get it."""
     from rewardtune.scoring.at_hand import how_to_fetch
 
     table = [["name", "gradient", "prompt", "range", "weights", "licence"]]
@@ -63,12 +63,13 @@ def _show_rewards(rows: list[dict[str, Any]], width: int) -> None:
             source = "" if row["source"] == BUILT_IN else f"from {row['source']}; "
             show(_cut(f"    {source}{row['summary'] or 'not known before it is loaded: rewards show NAME'}", width))
     show()
+    prose = min(PROSE, width or PROSE)
     if absent := [row for row in rows if row["to_fetch"]]:
-        _wrapped(how_to_fetch([row["name"] for row in absent], absent[0]["offline"]), width)
+        _wrapped(how_to_fetch([row["name"] for row in absent], absent[0]["offline"]), prose)
     for row in rows:
         for why in row["missing"]:
-            _wrapped(f"{row['name']} {why}", width)
-    _wrapped("`rewardtune rewards show NAME` tells all of one, with its options.", width)
+            _wrapped(f"{row['name']} {why}", prose)
+    _wrapped("`rewardtune rewards show NAME` tells all of one, with its options.", prose)
 
 
 def _state(row: dict[str, Any]) -> str:
@@ -80,8 +81,8 @@ def _state(row: dict[str, Any]) -> str:
     return words if row["available"] else f"no package; {words}"
 
 
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width - 1].rstrip()}…"
+def _cut(text: str, width: int | None) -> str:
+    return text if width is None or len(text) <= width else f"{text[: width - 1].rstrip()}…"
 
 
 def _wrapped(text: str, width: int) -> None:
