@@ -126,9 +126,11 @@ def test_the_module_is_the_console_script():
 
 def test_python_m_does_not_take_a_users_own_folder_for_ours(folder):
     (folder / "rewards.py").write_text("raise RuntimeError('this is the user\\'s file')\n")
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     done = subprocess.run(
-        [sys.executable, "-m", "rewardtune", "rewards", "list"], capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, "-m", "rewardtune", "rewards", "list"], capture_output=True, text=True, timeout=120,
+        env=environment,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "zreward" in done.stdout
     assert "…" not in done.stdout  # what a pipe reads is whole
