@@ -78,10 +78,9 @@ class ZReward:
         from rewardtune.backbones.frozen import freeze
         from rewardtune.scorer.model import load_scorer
 
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
         scorer = load_scorer(
             config.checkpoint, what=f"reward {cls.card.name!r}: checkpoint", revision=config.revision,
-            rubric=config.rubric, dtype=dtype, device=device,
+            rubric=config.rubric, dtype=getattr(torch, config.dtype), device=device,
         )  # fmt: skip
         freeze(scorer.model, gradient_checkpointing=config.gradient_checkpointing)
         scorer = replace(scorer, geometry=replace(scorer.geometry, rounding=config.rounding))

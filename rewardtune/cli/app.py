@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -271,6 +271,9 @@ def evaluate(
         int,
         typer.Option("--reasoning", metavar="N", min=0, help="Let it reason N times before each score; 0: one pass."),
     ] = 0,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option("--dtype", help="Of the weights; bfloat16 takes half the memory.")
+    ] = "float32",
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; the best one by default.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -278,7 +281,7 @@ def evaluate(
     with quiet_stdout():
         from rewardtune.scorer.evaluate import evaluate_scorer
 
-        document = evaluate_scorer(scorer, data=data, device=device, reasoning=reasoning)
+        document = evaluate_scorer(scorer, data=data, device=device, reasoning=reasoning, dtype=dtype)
     if as_json:
         show_json(document)
         return

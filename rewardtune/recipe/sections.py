@@ -141,6 +141,8 @@ class ScorerSection(Section):
     revision: str | None = None
     rubric: str | None = None
     """`rubric.json`; the checkpoint's own, or the shipped one, when left out."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen weights; what is trained is float32 in either case."""
     lora: LoraSection | None = None
     """Adapters; the whole model is trained when left out."""
 
@@ -169,6 +171,8 @@ class TeacherSection(Section):
     revision: str | None = None
     rubric: str | None = None
     """`rubric.json`; the checkpoint's own, or the shipped one, when left out."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of its weights, where it runs in this process."""
     traces: Annotated[int, Field(ge=0)] = 1
     """K, reasoned judgements of each picture and dimension; 0 reads the teacher in one pass (a control)."""
     temperature: Annotated[float, Field(ge=0.0)] = 1.0

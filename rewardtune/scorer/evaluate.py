@@ -34,15 +34,16 @@ def evaluate_scorer(
     resamples: int = RESAMPLES,
     revision: str | None = None,
     reasoning: int = 0,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """The document that `rewardtune evaluate --json` prints.
 
     scorer: an export, a folder, `pocket:<name>` or a hub id. data: preference records with scores. reasoning: traces
-    sampled before each score, whose distributions are averaged; 0 reads in one pass. Accuracies are fractions. Raises
-    DataError for records without scores of this scorer's dimensions.
+    sampled before each score, whose distributions are averaged; 0 reads in one pass. dtype: of the weights, float32 or
+    bfloat16. Accuracies are fractions. Raises DataError for records without scores of this scorer's dimensions.
     """
     groups = read_records(data)
-    loaded = load_scorer(scorer, revision=revision, device=device or best_device())
+    loaded = load_scorer(scorer, revision=revision, dtype=getattr(torch, dtype), device=device or best_device())
     return {
         "scorer": str(scorer),
         "data": str(data),

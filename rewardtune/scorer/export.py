@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rewardtune.data.images import read_tensors
 from rewardtune.diffusion import lora
 from rewardtune.errors import CheckFailed
 from rewardtune.scorer.model import Scorer, load_scorer, save_scorer
 from rewardtune.scoring.objective import expectation
+
+LARGE = 2_000_000_000
+"""Parameters above which an export is checked in its stored dtype, for want of memory; else in float32 (ours)."""
 
 _SCORES = """\
 Reads an image and a prompt into a distribution over {count} levels ({levels}) for {dimensions}, in one forward pass. \
@@ -59,24 +62,28 @@ def export_scorer(
     base: the reference trained from. task, trained_on: for the card. probe: (image, prompt) each. compares: the card
     says how two pictures are compared, which was trained, and not how one is scored. Raises CheckFailed when the files
     do not give the distributions of the weights that were written.
+
+    Copies are made in main memory, one at a time: the device may hold no second one.
     """
     written = replace(scorer, model=_plain_copy(scorer))
     save_scorer(written, folder)
     facts = {**provenance, "base": base, "dtype": str(scorer.stored_dtype).removeprefix("torch.")}
     _stamp(folder, facts)
-    images = read_tensors((path for path, _ in probe), device=scorer.device)
+    images = read_tensors((path for path, _ in probe), device="cpu")
     prompts = [prompt for _, prompt in probe]
-    wanted = replace(written, model=written.model.to(torch.float32)).distribution(images, prompts)
-    fresh = load_scorer(folder, device=scorer.device)
-    difference = (fresh.distribution(images, prompts) - wanted).abs().max().item()
+    large = sum(p.numel() for p in written.model.parameters()) > LARGE
+    compute = scorer.stored_dtype if large else torch.float32
+    wanted = replace(written, model=written.model.to(compute)).distribution(images, prompts)
+    del written
+    difference = (load_scorer(folder, dtype=compute).distribution(images, prompts) - wanted).abs().max().item()
     if not difference < 1e-5:
         raise CheckFailed(
             f"the scorer exported to {folder} does not give its distributions when it is loaded again (largest "
             f"difference {difference:.2g}). The checkpoints of the run are untouched; please report this with the "
             "output of `rewardtune env`."
         )
-    trained = scorer.distribution(images, prompts)
-    levels = scorer.levels
+    trained = scorer.distribution(images, prompts).cpu()
+    levels = scorer.levels.cpu()
     rounding = (expectation(trained, levels) - expectation(wanted, levels)).abs().max().item()
     if rounding > 0.25 * float(levels[1] - levels[0]):
         raise CheckFailed(
@@ -93,24 +100,30 @@ def export_scorer(
 
 
 def _plain_copy(scorer: Scorer) -> nn.Module:
-    """A model of the same class with adapters merged into the weights, in the stored dtype; the original is left."""
+    """A model of the same class with adapters merged into the weights, in the stored dtype and main memory; the
+    original is left."""
+    from accelerate import init_empty_weights
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     model: Any = scorer.model
-    added: dict[str, Tensor] = {}
+    added: dict[str, Any] = {}
     for path, module in model.named_modules():
         layer: Any = module
         if isinstance(module, BaseTunerLayer):
-            added[f"{path}.base_layer.weight"] = layer.get_delta_weight(lora.ADAPTER)
+            added[f"{path}.base_layer.weight"] = layer
     state = {}
     for name, tensor in model.state_dict().items():
         if ".lora_" not in name:
-            whole = tensor.float() + added[name].float() if name in added else tensor
-            state[name.replace(".base_layer.", ".")] = whole.to(scorer.stored_dtype)
+            whole = tensor.float() + added[name].get_delta_weight(lora.ADAPTER).float() if name in added else tensor
+            # a copy in any case: what is compared with must not change with the weights in training
+            state[name.replace(".base_layer.", ".")] = whole.to("cpu", scorer.stored_dtype, copy=True)
     config = type(model.config).from_dict(model.config.to_dict())
-    copy: nn.Module = type(model)._from_config(config, dtype=scorer.stored_dtype).to(scorer.device)
-    copy.load_state_dict(state)
-    return copy.requires_grad_(False).eval()
+    with init_empty_weights(include_buffers=False):
+        copy: Any = type(model)._from_config(config, dtype=scorer.stored_dtype)
+    copy.load_state_dict(state, assign=True)
+    copy.tie_weights()
+    found: nn.Module = copy.requires_grad_(False).eval()
+    return found
 
 
 def _stamp(folder: Path, facts: Mapping[str, str]) -> None:

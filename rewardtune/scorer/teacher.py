@@ -128,7 +128,10 @@ def judgements(
         teacher = ServedTeacher(server, rubric, section.traces, seed)
         weights = f"{section.model} at {section.server.url}"
     else:
-        scorer = load_scorer(section.model, revision=section.revision, rubric=section.rubric, device=device)
+        scorer = load_scorer(
+            section.model, revision=section.revision, rubric=section.rubric,
+            dtype=getattr(torch, section.dtype), device=device,
+        )  # fmt: skip
         rubric = scorer.rubric
         check_same(rubric, student)
         reasoner = load_reasoner(scorer) if section.traces else None

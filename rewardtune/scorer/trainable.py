@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from rewardtune.diffusion import lora
 from rewardtune.errors import RecipeError
 from rewardtune.recipe.sections import ScorerSection, TrainSection
 from rewardtune.scorer.model import Scorer, load_scorer
+from rewardtune.training import runtime
 
 # every linear layer of the language model, of either kind of attention; the vision tower stays as it is
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "in_proj_qkv",
@@ -16,7 +19,10 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 def trainable_scorer(section: ScorerSection, *, train: TrainSection, device: str) -> Scorer:
     """The scorer of a recipe with trainable parameters: adapters where `lora` is given, else the whole model."""
-    scorer = load_scorer(section.model, revision=section.revision, rubric=section.rubric, device=device)
+    scorer = load_scorer(
+        section.model, revision=section.revision, rubric=section.rubric,
+        dtype=getattr(torch, section.dtype), device=loading_place(train, device),
+    )  # fmt: skip
     model: Any = scorer.model
     if section.lora is not None:
         if "modules" in section.lora.model_fields_set:
@@ -35,3 +41,9 @@ def trainable_scorer(section: ScorerSection, *, train: TrainSection, device: str
         # transformers checkpoints in training mode only
         model.train()
     return scorer
+
+
+def loading_place(train: TrainSection, device: str) -> str:
+    """Where weights are made: in main memory where they are split, since FSDP takes one block at a time from there to
+    the device, which may not hold the whole."""
+    return "cpu" if train.shard and runtime.process()[1] > 1 else device

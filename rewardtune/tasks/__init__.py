@@ -43,6 +43,13 @@ class Task(Protocol):
 
 
 @runtime_checkable
+class KeepsFrozen(Protocol):
+    """A task with whole frozen models beside what it trains: with `train.shard` these are split as well."""
+
+    frozen: Mapping[str, nn.Module]
+
+
+@runtime_checkable
 class Remembers(Protocol):
     """A task with a memory beside its weights: what earlier steps drew and later ones still use."""
 

@@ -31,7 +31,7 @@ from rewardtune.scorer.reasoning import (
 )
 from rewardtune.scorer.teacher import check_same
 from rewardtune.scorer.traces import Item
-from rewardtune.scorer.trainable import trainable_scorer
+from rewardtune.scorer.trainable import loading_place, trainable_scorer
 from rewardtune.types import StepOutput
 
 
@@ -60,6 +60,7 @@ class RewardOpd:
         self.student, self.teacher, self.items = student, teacher, items
         self.objective, self.seed, self.base, self.held_out = objective, seed, base, held_out
         self.trainable: Mapping[str, nn.Module] = {"scorer": student.scorer.model}
+        self.frozen: Mapping[str, nn.Module] = {"teacher": teacher.scorer.model}
 
     def batch(self, step: int, indices: Sequence[int]) -> Batch:
         count, samples = len(self.student.scorer.dimensions), self.objective.samples
@@ -106,7 +107,10 @@ def build_reward_opd(recipe: RewardOpdRecipe, *, device: str) -> RewardOpd:
     """The task of a recipe. Raises RecipeError where teacher and student do not read the same tokens."""
     section = recipe.teacher
     student = trainable_scorer(recipe.scorer, train=recipe.train, device=device)
-    teacher = load_scorer(section.model, revision=section.revision, rubric=section.rubric, device=device)
+    teacher = load_scorer(
+        section.model, revision=section.revision, rubric=section.rubric, dtype=getattr(torch, section.dtype),
+        device=loading_place(recipe.train, device),
+    )  # fmt: skip
     check_same(teacher.rubric, student.rubric)
     if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
         raise RecipeError(

@@ -274,7 +274,7 @@ def _run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any, run_i
                 averaged = state.averaged()
                 if state.shards:
                     # Files are written and checked from whole modules, in one process. The parts go first, so that
-                    # both never stand beside each other.
+                    # both never stand beside each other; a scorer is put together in main memory (loading_place).
                     del task, state, averaged
                     gc.collect()
                     task, averaged = _restored(recipe, _newest(folder), where, guard), nullcontext()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rewardtune.errors import RecipeError
 from rewardtune.recipe.sections import OptimizerSection, TrainSection
-from rewardtune.tasks import Remembers, Task
+from rewardtune.tasks import KeepsFrozen, Remembers, Task
 from rewardtune.training import optim, shard
 from rewardtune.training.checkpoint import Checkpoint
 from rewardtune.training.ema import Ema
@@ -137,7 +137,8 @@ def build_state(task: Task, *, train: TrainSection, optimizer: OptimizerSection,
     parameters = trained_parameters(task)
     shards = Shards()
     if train.shard:
-        shards = shard.split(task.trainable, where=where)
+        beside = task.frozen if isinstance(task, KeepsFrozen) else {}
+        shards = shard.split({**task.trainable, **beside}, where=where)
         # FSDP puts others in their place.
         parameters = trained_parameters(task)
     built = optim.build(

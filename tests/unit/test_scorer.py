@@ -22,6 +22,7 @@ from rewardtune.data.images import to_tensor
 from rewardtune.data.records import PreferenceGroup, RatedImage, write_records
 from rewardtune.errors import DataError, RecipeError
 from rewardtune.recipe.sections import RewardSftRecipe
+from rewardtune.scorer import export
 from rewardtune.scorer.evaluate import evaluate_groups
 from rewardtune.scorer.model import Scorer, load_scorer, save_scorer
 from rewardtune.scorer.patches import Geometry, patchify
@@ -448,3 +449,45 @@ def test_adapters_are_merged_into_the_export(folder: Path, tmp_path: Path):
     found = load_scorer(out).distribution(images, PROMPTS[:2])
     torch.testing.assert_close(found, task.scorer.distribution(images, PROMPTS[:2]).detach(), atol=1e-5, rtol=0)
     assert (found - load_scorer(folder).distribution(images, PROMPTS[:2])).abs().max() > 1e-3
+
+
+def test_a_base_in_bfloat16_takes_half_the_memory_and_trains_fp32_adapters(folder: Path, tmp_path: Path):
+    write_records(rated(tmp_path, [full(1.0), full(5.0)]), tmp_path / "records.jsonl")
+
+    def build(dtype: str) -> RewardSft:
+        task = build_reward_sft(RewardSftRecipe.model_validate({
+            "task": "reward_sft", "scorer": {"model": str(folder), "dtype": dtype, "lora": {"rank": 4}},
+            "train": {"steps": 3, "precision": "bf16"}, "data": {"records": str(tmp_path / "records.jsonl")},
+        }), device="cpu")  # fmt: skip
+        assert isinstance(task, RewardSft)
+        return task
+
+    whole, half = build("float32"), build("bfloat16")
+    parameters = dict(half.trainable["scorer"].named_parameters())
+    assert all(p.dtype == (torch.float32 if "lora_" in name else torch.bfloat16) for name, p in parameters.items())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = [task.step(task.batch(0, [0, 1])).loss for task in (whole, half)]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.02)
+    trained(half, 5, lr=3e-2)
+    out = tmp_path / "export"
+    out.mkdir()
+    half.export(out, {})  # stored as the checkpoint was, in float32, and checked in it
+    images = pictures(2)
+    found = load_scorer(out).distribution(images, PROMPTS[:2])
+    torch.testing.assert_close(found, half.scorer.distribution(images, PROMPTS[:2]).detach(), atol=0.03, rtol=0)
+    assert (found - load_scorer(folder).distribution(images, PROMPTS[:2])).abs().max() > 1e-2
+
+
+def test_an_export_ties_what_the_model_ties_and_leaves_the_trained_one(folder: Path, tmp_path: Path):
+    task = new_task(folder, rated(tmp_path, [full(1.0), full(5.0)]))
+    before = {name: value.clone() for name, value in task.scorer.model.state_dict().items()}
+    copy = export._plain_copy(task.scorer)
+    state = copy.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in state.items()) and state.keys() == before.keys()
+    assert not any(p.is_meta for p in copy.parameters()) and not any(b.is_meta for b in copy.buffers())
+    tied = task.scorer.model.config.get_text_config().tie_word_embeddings  # type: ignore[operator, union-attr]
+    assert (copy.get_output_embeddings().weight is copy.get_input_embeddings().weight) == tied  # type: ignore[operator]
+    with torch.no_grad():
+        for value in copy.parameters():
+            value.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in task.scorer.model.state_dict().items())
