@@ -18,7 +18,7 @@ from rewardtune.data.references import resolve, why_not_loaded
 from rewardtune.diffusion import export, lora, offload
 from rewardtune.diffusion.frozen_layers import keep_less
 from rewardtune.diffusion.rollout import sample
-from rewardtune.diffusion.schedulers import check_deterministic
+from rewardtune.diffusion.schedulers import check_deterministic, schedule
 from rewardtune.errors import PluginError, RecipeError
 from rewardtune.guard.guard import Guard
 from rewardtune.guard.verdict import rule_of
@@ -113,6 +113,8 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
                 keep_less(part, recompute=flat)
     rollout = recipe.rollout
     guidance = Guidance(rollout.guidance, rollout.guidance_scale, rollout.negative_prompt, rollout.embedded_guidance)
+    if not isinstance(pipeline, WholeRollout):
+        schedule(pipeline, rollout.steps, _size(pipeline, rollout))
     return DirectReward(
         pipeline,
         trainable=trainable,

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rewardtune.diffusion import lora
 from rewardtune.diffusion.parameterisation import clean_estimate, shares
+from rewardtune.diffusion.schedulers import schedule
 from rewardtune.errors import RecipeError
 from rewardtune.plugins import AnyPipeline, Guidance, Pipeline, WholeRollout
 
@@ -34,7 +35,7 @@ class Chain:
         self, pipeline: Pipeline, conditioning: Any, *, num_steps: int, guidance: Guidance, size: tuple[int, int]
     ) -> None:
         self.pipeline, self.conditioning, self.guidance = pipeline, conditioning, guidance
-        scheduler, self.timesteps = pipeline.timesteps(num_steps, size)
+        scheduler, self.timesteps = schedule(pipeline, num_steps, size)
         self._states = [scheduler]
         self.visited: dict[int, Tensor] = {}
         """Step -> the latents before it, without graph, of the steps taken so far."""
@@ -60,14 +61,7 @@ class Chain:
         denoiser: what carries gradient beside the scheduler's own arithmetic. recompute: keep no graph of the
         denoiser, take the step again on the way back. strength: factor on the gradient of the prediction.
         """
-        if recompute and torch.is_grad_enabled():
-            # no layer draws noise; comparing every tensor with the first pass' shape took 1 % of a small UNet's step
-            after: Tensor = checkpoint(
-                self._advance, i, latents, denoiser, strength, use_reentrant=False, preserve_rng_state=False,
-                determinism_check="none",
-            )  # fmt: skip
-            return after
-        return self._advance(i, latents, denoiser, strength)
+        return _maybe_again(recompute, self._advance, i, latents, denoiser, strength)
 
     def _advance(self, i: int, latents: Tensor, denoiser: Denoiser, strength: float) -> Tensor:
         self.visited[i] = latents.detach()
@@ -76,9 +70,7 @@ class Chain:
         if strength != 1.0:
             prediction = prediction.detach() + strength * (prediction - prediction.detach())
         scheduler = _copy(self._states[i])
-        if hasattr(scheduler, "is_scale_input_called"):
-            scheduler.is_scale_input_called = True  # in `predict`, by another copy
-        after: Tensor = scheduler.step(prediction.float(), self.timesteps[i], latents, return_dict=False)[0]
+        after = self._step(scheduler, prediction.float(), self.timesteps[i], latents)
         if len(self._states) == i + 1:
             self._states.append(scheduler)
         return after
@@ -90,10 +82,11 @@ class Chain:
                 latents = self.advance(i, latents)
         return latents
 
-    def clean(self, i: int, latents: Tensor, prediction: Tensor | None = None) -> Tensor:
-        """The estimate of the finished latents x0 at step i, from its prediction (made here when left out)."""
+    def clean(self, i: int, latents: Tensor, prediction: Tensor | None = None, *, recompute: bool = False) -> Tensor:
+        """The estimate of the finished latents x0 at step i, from its prediction (made here when left out, with the
+        graph of the denoiser or, to recompute, without)."""
         if prediction is None:
-            prediction = self.predict(i, latents)
+            prediction = _maybe_again(recompute, self.predict, i, latents)
         return clean_estimate(self._states[0], i, self.timesteps[i], self._scaled(i, latents), prediction)
 
     def shares(self, i: int) -> tuple[Tensor, Tensor]:
@@ -102,10 +95,29 @@ class Chain:
             return torch.ones(()), torch.zeros(())
         return shares(self._states[0], i, self.timesteps[i])
 
+    def contributions(self) -> list[float]:
+        """How far the finished latents move, by the scheduler's arithmetic alone, a unit of each step's prediction.
+
+        For Euler on flow matching, the fall of the noise level; half of that for each of Heun's two predictions.
+        """
+        said = [torch.zeros(1, 1, 1, 1, device=self.timesteps.device, requires_grad=True) for _ in self.timesteps]
+        latents, scheduler = torch.zeros_like(said[0]), _copy(self._states[0])
+        with torch.enable_grad():
+            for prediction, timestep in zip(said, self.timesteps, strict=True):
+                latents = self._step(scheduler, prediction, timestep, latents)
+        return [abs(float(slope)) for slope in torch.autograd.grad(latents.sum(), said, materialize_grads=True)]
+
     def renoise(self, i: int, clean: Tensor, noise: Tensor) -> Tensor:
         """Finished latents and standard normal noise -> latents before step i, as the scheduler keeps them."""
         signal, sigma = (share.to(clean) for share in self.shares(i))
         return (signal * clean + sigma * noise) / self._scaled(i, torch.ones((), dtype=clean.dtype))
+
+    @staticmethod
+    def _step(scheduler: Any, prediction: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
+        if hasattr(scheduler, "is_scale_input_called"):
+            scheduler.is_scale_input_called = True  # in `predict`, by another copy
+        after: Tensor = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+        return after
 
     def _scaled(self, i: int, latents: Tensor) -> Tensor:
         """Latents as the denoiser takes them: some schedulers keep them at another scale between steps."""
@@ -153,6 +165,17 @@ def sample(
                 lora.set_scale([pipeline.trainable[pipeline.denoiser]], i / len(chain))
             latents = chain.advance(i, latents)
         return pipeline.decode(latents).clamp(0, 1)
+
+
+def _maybe_again(recompute: bool, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """What a function gives; to recompute, without its graph: it is called once more on the way back."""
+    if not (recompute and torch.is_grad_enabled()):
+        return function(*inputs)
+    # no layer draws noise; comparing every tensor with the first pass' shape took 1 % of a small UNet's step
+    found: Tensor = checkpoint(
+        function, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+    )
+    return found
 
 
 def _copy(scheduler: Any) -> Any:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rewardtune.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rewardtune.plugins import Pipeline
 
 DETERMINISTIC = (
     "DDIMScheduler",
@@ -15,11 +20,12 @@ DETERMINISTIC = (
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
     "HeunDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
     "UniPCMultistepScheduler",
 )
+"""Not KDPM2DiscreteScheduler: every other prediction of it only says where the next one is made, so that a method
+without gradient through the denoiser's input trains nothing at these steps."""
 
 
 def check_deterministic(scheduler: Any) -> None:
@@ -38,3 +44,16 @@ def check_deterministic(scheduler: Any) -> None:
         f"These work: {', '.join(DETERMINISTIC)}. Save the pipeline with one of them "
         "(pipe.scheduler = ...from_config(pipe.scheduler.config); pipe.save_pretrained(folder))."
     )
+
+
+def schedule(pipeline: Pipeline, num_steps: int, size: tuple[int, int]) -> tuple[Any, Tensor]:
+    """A fresh scheduler and its timesteps. Raises RecipeError for one that the family's own call cannot set up."""
+    try:
+        return pipeline.timesteps(num_steps, size)
+    except (TypeError, ValueError) as error:
+        name = type(pipeline.scheduler).__name__
+        raise RecipeError(
+            f"pipeline.model: the checkpoint's scheduler, {name}, cannot be set up for {num_steps} steps as "
+            f"{type(pipeline.pipe).__name__} does it: {str(error).rstrip('.')}. Save the pipeline with the scheduler "
+            f"that the family {pipeline.family!r} is published with, or, where it is the steps, write another number."
+        ) from error

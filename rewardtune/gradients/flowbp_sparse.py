@@ -26,7 +26,7 @@ def flowbp_sparse(
     memory: Literal["fast", "flat"],
 ) -> Finished:
     """`active_steps` distinct steps, step i with weight (i + 1)^late_bias. `rescale`: from 0 to 1, how far the gradient
-    is scaled up to make good for the steps without one, by their share of the noise level's fall."""
+    is scaled up to make good for the steps without one, by how much of the sample's way is theirs."""
     total = len(chain)
     left = list(range(total))
     active: set[int] = set()
@@ -34,9 +34,8 @@ def flowbp_sparse(
         step = draws.shared.choices(left, [(i + 1) ** late_bias for i in left])[0]
         active.add(step)
         left.remove(step)
-    levels = [float(chain.shares(i)[1]) for i in range(total + 1)]
-    falls = [abs(levels[i + 1] - levels[i]) for i in range(total)]
-    strength = 1 + rescale * (sum(falls) / max(sum(falls[i] for i in active), 1e-8) - 1)
+    moved = chain.contributions()
+    strength = 1 + rescale * (sum(moved) / max(sum(moved[i] for i in active), 1e-8) - 1)
     latents = chain.start(noise)
     for i in range(total):
         trains = i in active
