@@ -165,10 +165,10 @@ def test_lines_beyond_the_checkpoint_are_dropped_and_torn_ones_too(tmp_path: Pat
 def test_trained_parameters_are_fp32_and_others_stay(tmp_path: Path) -> None:
     task = tiny.TinyTask()
     task.net.bfloat16()
-    task.frozen.bfloat16()
+    task.fixed.bfloat16()
     _, state = run(tmp_path, task, precision="bf16", steps=1)
     assert {p.dtype for p in task.net.parameters()} == {torch.float32}
-    assert {p.dtype for p in task.frozen.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in task.fixed.parameters()} == {torch.bfloat16}
     assert sorted(state.parameters) == ["net.0.bias", "net.0.weight", "net.3.bias", "net.3.weight"]
 
 

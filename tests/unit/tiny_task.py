@@ -46,8 +46,8 @@ class TinyTask:
     ) -> None:
         torch.manual_seed(5)
         self.net = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, 3))
-        self.frozen = nn.Linear(6, 6).requires_grad_(False)
-        self.trainable = {"net": self.net, "frozen": self.frozen}
+        self.fixed = nn.Linear(6, 6).requires_grad_(False)
+        self.trainable = {"net": self.net, "frozen": self.fixed}
         self.broken = broken or {}
         self.pause = pause
         self.signal_at = signal_at
@@ -65,7 +65,7 @@ class TinyTask:
     def step(self, batch: Any) -> StepOutput:
         time.sleep(self.pause)
         rows, broken = batch
-        out = self.net(rows + 0.1 * self.frozen(rows))
+        out = self.net(rows + 0.1 * self.fixed(rows))
         loss = (out - rows @ self.answer).square().mean()
         if "reward" in broken:
             raise NonFiniteError("reward `tiny` returned nan.")
