@@ -132,6 +132,7 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
         sliced=recipe.pipeline.decode == "sliced",
         # a decoder that leaves for main memory after its work cannot be gone through backwards without coming back
         recompute_decoder=flat or recipe.pipeline.offload,
+        batch_size=recipe.train.batch_size,
         seed=recipe.train.seed,
         augmentation=Augmentation(**recipe.augment.model_dump()) if recipe.augment else None,
         samples=samples,

@@ -450,7 +450,8 @@ class DirectRewardRecipe(_Recipe):
     rewards: Annotated[list[RewardSection], Field(min_length=1)]
     balance: Literal["value", "gradient"] = "value"
     """How several rewards' weights are meant: of their values, each divided by its card's scale; or of their gradients
-    at the image, each divided by its norm over the micro-batch, so that no reward drowns another."""
+    at the image, each divided by its norm over the batch, which every micro-batch estimates from its own images: no
+    reward drowns another."""
     mixing: MixingSection = Sum()
     """How several rewards become one number an image (docs/rewards.md)."""
     regularise: RegulariseSection = RegulariseSection()

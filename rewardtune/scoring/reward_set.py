@@ -5,6 +5,7 @@ The engine's only view of rewards; it knows none by name.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -96,12 +97,14 @@ class RewardSet:
         return self.mixing.value(values), metrics
 
     def gradient(
-        self, images: Tensor, prompts: Sequence[str], weights: Tensor | None, *, balance: str
+        self, images: Tensor, prompts: Sequence[str], weights: Tensor | None, *, balance: str, share: float = 1.0
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """(d objective / d images, (B,) values, metrics): each reward's graph is gone before the next one's is built.
 
         The objective is the mean of weights * values. balance `gradient`: every reward's gradient is divided by its
-        norm before its weight counts. Logged: each norm, and the cosine of every two.
+        norm before its weight counts. share: these images of the optimiser step's; a norm is what they let one expect
+        of all of the step's, so that it does not grow with the number of parts. Logged: each norm, and the cosine of
+        every two.
         """
         values: list[Tensor] = []
         metrics: dict[str, float] = {}
@@ -119,11 +122,17 @@ class RewardSet:
             gradients.append(one)
             values.append(term.weight * value)
             metrics |= seen
-        norms = [g.norm() for g in gradients]
+        # a mean over one part of n has a gradient sqrt(n) times as long as the mean over all
+        norms = [g.norm() * share**0.5 for g in gradients]
         combined = torch.zeros_like(images)
         for term, one, norm, share in zip(self.terms, gradients, norms, self.mixing.shares(values), strict=True):
             metrics[f"gradient/{term.name}"] = norm.item()
-            scale = 1 / norm.clamp(min=torch.finfo(norm.dtype).tiny) if balance == "gradient" else 1.0
+            scale: Tensor | float = 1.0
+            if balance == "gradient":
+                scale = 1 / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+                if not math.isfinite(metrics[f"gradient/{term.name}"]):
+                    # divided by infinity, a reward would be left out without a word
+                    scale = torch.full_like(norm, math.nan)
             # a share belongs to an image, and so does its part of the gradient
             combined = combined + term.weight * scale * share.view(-1, 1, 1, 1) * one
         for (a, left), (b, right) in combinations(zip(self.terms, gradients, strict=True), 2):

@@ -40,7 +40,8 @@ class DirectReward:
     chooses, for a pipeline that is run as a whole. velocity: weight of the pull to the
     frozen start. sft: a task whose loss is added, and its weight. sliced: decode image by
     image, so that the decoder's graph is one image's. recompute_decoder: decode again on the
-    way back in place of keeping the decoder's graph while the reward's lives."""
+    way back in place of keeping the decoder's graph while the reward's lives. batch_size:
+    samples of a whole optimiser step, where a step comes in several parts."""
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class DirectReward:
         sft: tuple[Sft, float] | None = None,
         sliced: bool = False,
         recompute_decoder: bool = True,
+        batch_size: int | None = None,
         samples: Callable[[], Tensor | None],
         export: Callable[[Path, Mapping[str, str]], None],
     ) -> None:
@@ -67,7 +69,7 @@ class DirectReward:
         self.method, self.num_steps, self.guidance, self.size, self.seed = method, num_steps, guidance, size, seed
         self.augmentation, self.samples, self.export = augmentation, samples, export
         self.balance, self.velocity, self.sft = balance, velocity, sft
-        self.sliced, self.recompute_decoder = sliced, recompute_decoder
+        self.sliced, self.recompute_decoder, self.batch_size = sliced, recompute_decoder, batch_size
 
     def batch(self, step: int, indices: Sequence[int]) -> Batch:
         rows = [epoch_index(self.seed, "prompts/order", i, len(self.prompts)) for i in indices]
@@ -126,7 +128,10 @@ class DirectReward:
             value, metrics = self.rewards.score(images, prompts)
             loss = -(value if weights is None else weights * value).mean()
         else:
-            gradient, value, metrics = self.rewards.gradient(images, prompts, weights, balance=self.balance)
+            share = len(batch.prompts) / (self.batch_size or len(batch.prompts))
+            gradient, value, metrics = self.rewards.gradient(
+                images, prompts, weights, balance=self.balance, share=share
+            )
             # the product's gradient at the images is `gradient`; its value is none that anyone should read
             product = (images * gradient).sum()
             loss = -(product - product.detach()) - value.mean()

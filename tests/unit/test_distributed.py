@@ -102,13 +102,17 @@ def test_both_processes_end_alike_and_as_expected(ran: Path) -> None:
 @pytest.mark.parametrize("case", ["plain", *HOWS])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_processes_give_the_numbers_of_one(ran: Path, case: str, accumulation: int) -> None:
+    """To 1e-6 in what is logged (measured: 3.6e-7) and 1e-7 in what is trained (6e-8, one bit of a weight near 1)."""
     two, one = ran / f"{case}-{accumulation}", ran / f"{case}-{accumulation}-alone"
     for a, b in zip(numbers(two), numbers(one), strict=True):
         assert a.keys() == b.keys()
         for name, value in a.items():
-            assert value == b[name] or value == pytest.approx(b[name], rel=1e-5), (a["step"], name)
-    for name, tensor in last(two).items():
-        torch.testing.assert_close(tensor, last(one)[name], rtol=1e-4, atol=1e-6)
+            assert value == b[name] or value == pytest.approx(b[name], rel=1e-6, abs=1e-6), (a["step"], name)
+    for part in ("parameters", "optimizer", "ema"):
+        mine, other = last(two, part), last(one, part)
+        assert mine.keys() == other.keys()
+        for name, tensor in mine.items():
+            torch.testing.assert_close(tensor, other[name], rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("how", HOWS)

@@ -61,6 +61,39 @@ def test_balanced_by_gradient_a_large_reward_drowns_no_other():
     assert (both - wanted).norm() <= 1e-4 * wanted.norm()
 
 
+def test_balanced_gradients_do_not_grow_with_the_number_of_parts():
+    """Micro-batches and processes: rewards of the same slope everywhere, so every part's norm is as the whole's."""
+    rewards = RewardSet([Term(Redness(), 3.0), Term(Green())])
+    task = build(*DRAFT, rewards=rewards, balance="gradient", batch_size=4)
+    parameters = [p for m in task.trainable.values() for p in m.parameters() if p.requires_grad]
+
+    def slope_of(indices):
+        out = task.step(task.batch(0, indices))
+        found = torch.autograd.grad(out.loss, parameters, allow_unused=True)
+        return torch.cat([g.flatten() for g in found if g is not None]), out.metrics["gradient/green"]
+
+    whole, norm = slope_of(range(4))
+    for parts in ([range(2), range(2, 4)], [[0], [1], [2], [3]]):
+        found = [slope_of(part) for part in parts]
+        mean = sum(one for one, _ in found) / len(parts)
+        assert (mean - whole).norm() <= 1e-5 * whole.norm()
+        assert [n for _, n in found] == pytest.approx([norm] * len(parts))
+
+
+def test_a_gradient_whose_norm_overflows_is_not_left_out_without_a_word():
+    """Divided by infinity it would be zero, and the step would be that of the other reward alone."""
+
+    class Steep:
+        card = RewardCard("steep", "", differentiable=True, needs_prompt=False, range=None)
+
+        def score(self, images, prompts):
+            return Score(1e25 * images[:, 1].mean((1, 2)))
+
+    rewards = RewardSet([Term(Redness()), Term(Steep())])
+    found, _, metrics = rewards.gradient(pictures(), [""] * 5, None, balance="gradient")
+    assert metrics["gradient/steep"] == float("inf") and found.isnan().all()
+
+
 def test_a_ceiling_stops_the_gradient_of_images_that_reach_it():
     free, _ = slope(build(*DRAFT))
     stopped, _ = slope(build(*DRAFT, rewards=RewardSet([Term(Redness(), ceiling=-2.0)])))
