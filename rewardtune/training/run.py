@@ -196,12 +196,13 @@ def _finished_guard(recipe: Recipe, folder: Path, step: int) -> Guard | None:
         return None
     from rewardtune.build import open_guard
 
-    def look() -> NoReturn:
-        raise AssertionError("a finished run is not looked at again")
-
-    guard = open_guard(recipe.guard, folder, look)
+    guard = open_guard(recipe.guard, folder, _no_look)
     guard.resume(step)
     return guard
+
+
+def _no_look() -> NoReturn:
+    raise AssertionError("a finished run is not looked at again")
 
 
 def _take_back(guard: Guard | None, state: State, facts: dict[str, Any]) -> None:
@@ -275,6 +276,8 @@ def _run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any, run_i
                 if state.shards:
                     # Files are written and checked from whole modules, in one process. The parts go first, so that
                     # both never stand beside each other; a scorer is put together in main memory (loading_place).
+                    if guard is not None:
+                        guard.watch = _no_look  # it holds the pipeline
                     del task, state, averaged
                     gc.collect()
                     task, averaged = _restored(recipe, _newest(folder), where, guard), nullcontext()
