@@ -1,7 +1,8 @@
 """Any other text-to-image pipeline of diffusers: its own `__call__`, run as a whole, with gradient where it is wanted.
 
-Chosen with `pipeline.family: generic`. It serves what only rolls out: DRaFT, samples, `compare`. It knows nothing of
-the pipeline but the names that all of them share, and refuses what it cannot do, rather than to train on nothing.
+Chosen with `pipeline.family: generic`. It serves what only rolls out: DRaFT, AlignProp, samples, `compare`. It knows
+nothing of the pipeline but the names that all of them share, and refuses what it cannot do, rather than to train on
+nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import wraps
+from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -113,7 +114,7 @@ class Generic:
         num_steps: int,
         guidance: Guidance,
         size: tuple[int, int],
-        gradient_steps: slice,
+        gradient_steps: Callable[[int], range],
         recompute: bool,
     ) -> Tensor:
         import torch
@@ -212,7 +213,7 @@ class Generic:
 class _Steps:
     """Follows one call: tells its steps apart, lets the chosen ones record gradient, and notices where it is lost."""
 
-    def __init__(self, pipe: Any, gradient_steps: slice, *, recompute: bool) -> None:
+    def __init__(self, pipe: Any, gradient_steps: Callable[[int], range], *, recompute: bool) -> None:
         """pipe: with the scheduler that this call has for itself."""
         self._pipe, self._gradient_steps, self._recompute = pipe, gradient_steps, recompute
         self._taken = 0
@@ -244,9 +245,9 @@ class _Steps:
                 "there is nothing to train on",
             )
 
-    @property
+    @cached_property
     def _chosen(self) -> range:
-        return range(len(self._pipe.scheduler.timesteps))[self._gradient_steps]
+        return self._gradient_steps(len(self._pipe.scheduler.timesteps))
 
     def _counted(self, step: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(step)  # pipelines ask for its signature

@@ -142,7 +142,7 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
 
 def _method(
     pipeline: AnyPipeline, recipe: DirectRewardRecipe, guidance: Guidance
-) -> Callable[..., gradients.Finished] | gradients.Choice:
+) -> Callable[..., gradients.Finished | gradients.Choice]:
     """The way the gradient is taken, as `tasks.direct_reward` has it."""
     name, settings = recipe.gradient.method, recipe.gradient.model_dump(exclude={"method"})
     if isinstance(pipeline, WholeRollout):
@@ -152,7 +152,7 @@ def _method(
                 f"regularise needs single predictions, and the family {pipeline.family!r} runs "
                 f"{type(pipeline.pipe).__name__} as a whole. Leave it out, or give the pipeline an adapter of its own."
             )
-        return gradients.load_choice(name)(**settings)
+        return gradients.load_choice(name, **settings)
     return gradients.load_method(name, **settings)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -180,13 +180,13 @@ class WholeRollout(LoadedPipeline, Protocol):
         num_steps: int,
         guidance: Guidance,
         size: tuple[int, int],
-        gradient_steps: slice,
+        gradient_steps: Callable[[int], range],
         recompute: bool,
     ) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], equal to `pipe(prompts, generator=generators)`, with graph where enabled.
 
-        gradient_steps: which of the denoising steps carry gradient, e.g. slice(-2, None) for the last two. recompute:
-        run those again on the way back, instead of keeping their graph.
+        gradient_steps: the number of denoising steps -> those that carry gradient, the last few of them; called at most
+        once a roll-out, for it may draw. recompute: run those again on the way back, instead of keeping their graph.
         """
         ...
 

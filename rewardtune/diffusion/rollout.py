@@ -154,8 +154,8 @@ def sample(
                     f"{type(pipeline.pipe).__name__} as a whole. Give a number in place of `linear`."
                 )
             return pipeline.rollout(
-                prompts, generators, num_steps=num_steps, guidance=guidance, size=size, gradient_steps=slice(0),
-                recompute=False,
+                prompts, generators, num_steps=num_steps, guidance=guidance, size=size,
+                gradient_steps=lambda total: range(0), recompute=False,
             )  # fmt: skip
         conditioning = pipeline.encode(prompts, guidance)
         chain = Chain(pipeline, conditioning, num_steps=num_steps, guidance=guidance, size=size)

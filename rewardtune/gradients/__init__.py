@@ -63,7 +63,7 @@ class Method(Protocol):
 class Choice(NamedTuple):
     """What a method asks of a pipeline that is run as a whole: see `plugins.WholeRollout.rollout`."""
 
-    gradient_steps: slice
+    gradient_steps: Callable[[int], range]
     recompute: bool
 
 
@@ -79,20 +79,20 @@ METHODS: Mapping[str, str] = {
 
 CHOICES: Mapping[str, str] = {
     "draft": "rewardtune.gradients.draft:choice",
+    "alignprop": "rewardtune.gradients.alignprop:choice",
 }
-"""Methods that only choose steps: a function of the settings that says which."""
+"""Methods that only choose steps: a function of a micro-batch's draws and the settings that says which."""
 
 
-def load_choice(name: str) -> Callable[..., Choice]:
-    """Raises RecipeError for a method that takes single steps."""
+def load_choice(name: str, **settings: Any) -> Callable[[Draws], Choice]:
+    """A method's choice with its settings bound. Raises RecipeError for a method that takes single steps."""
     if name not in CHOICES:
         raise RecipeError(
             f"gradient.method {name} takes single steps, and the recipe's pipeline can only be run as a whole. "
             f"Write one of: {', '.join(CHOICES)}; or give the pipeline an adapter of its own (rewardtune/plugins.py)."
         )
     module, function = CHOICES[name].split(":")
-    choice: Callable[..., Choice] = getattr(import_module(module), function)
-    return choice
+    return partial(getattr(import_module(module), function), **settings)
 
 
 def load_method(name: str, **settings: Any) -> Callable[..., Finished]:

@@ -14,14 +14,19 @@ def draft(
     chain: Chain, noise: Tensor, draws: Draws, *, last_steps: int | Literal["all"], memory: Literal["fast", "flat"]
 ) -> Finished:
     """`flat` keeps only the latents between steps and recomputes each step on the way back."""
-    chosen = choice(last_steps=last_steps, memory=memory)
-    steps = range(len(chain))[chosen.gradient_steps]
+    return through(chain, noise, choice(draws, last_steps=last_steps, memory=memory))
+
+
+def choice(draws: Draws, *, last_steps: int | Literal["all"], memory: Literal["fast", "flat"]) -> Choice:
+    """The last K steps, or all of them."""
+    first = None if last_steps == "all" else -last_steps
+    return Choice(lambda total: range(total)[first:], memory == "flat")
+
+
+def through(chain: Chain, noise: Tensor, chosen: Choice) -> Finished:
+    """The chain with gradient through the chosen steps, which are its last ones."""
+    steps = chosen.gradient_steps(len(chain))
     latents = chain.run(chain.start(noise), 0, steps.start)
     for i in steps:
         latents = chain.advance(i, latents, recompute=chosen.recompute)
     return Finished(latents)
-
-
-def choice(*, last_steps: int | Literal["all"], memory: Literal["fast", "flat"]) -> Choice:
-    """The last K steps, or all of them."""
-    return Choice(slice(None) if last_steps == "all" else slice(-last_steps, None), memory == "flat")

@@ -36,8 +36,8 @@ class Batch:
 
 
 class DirectReward:
-    """See `tasks.Task`. method: a `gradients.Method` with its settings bound, or what it
-    chooses, for a pipeline that is run as a whole. velocity: weight of the pull to the
+    """See `tasks.Task`. method: a `gradients.Method` with its settings bound, or for a pipeline
+    that is run as a whole what gives its `gradients.Choice` of a micro-batch. velocity: weight of the pull to the
     frozen start. sft: a task whose loss is added, and its weight. sliced: decode image by
     image, so that the decoder's graph is one image's. recompute_decoder: decode again on the
     way back in place of keeping the decoder's graph while the reward's lives. batch_size:
@@ -50,7 +50,7 @@ class DirectReward:
         trainable: Mapping[str, nn.Module],
         prompts: Sequence[Prompt],
         rewards: RewardSet,
-        method: Callable[..., Finished] | Choice,
+        method: Callable[..., Finished | Choice],
         num_steps: int,
         guidance: Guidance,
         size: tuple[int, int],
@@ -95,19 +95,22 @@ class DirectReward:
 
     def _images(self, batch: Batch) -> tuple[Tensor, Tensor | None, Chain | None]:
         """Images with graph, the method's weights of them, and the chain that drew them, where one did."""
-        if isinstance(self.pipeline, WholeRollout):
-            assert isinstance(self.method, Choice)
-            images = self.pipeline.rollout(
-                batch.prompts, self._generators(batch.indices), num_steps=self.num_steps, guidance=self.guidance,
-                size=self.size, **self.method._asdict(),
-            )  # fmt: skip
-            return images, None, None
-        assert callable(self.method) and batch.noise is not None
-        conditioning = self._encode(self.pipeline, batch.prompts)
-        chain = Chain(self.pipeline, conditioning, num_steps=self.num_steps, guidance=self.guidance, size=self.size)
         keys = [generator(self.seed, "gradient/noise", i) for i in batch.indices]
         draws = Draws(choice(self.seed, "gradient/step", batch.step), keys)
-        latents, weights = self.method(chain, batch.noise, draws)
+        if isinstance(self.pipeline, WholeRollout):
+            chosen = self.method(draws)
+            assert isinstance(chosen, Choice)
+            images = self.pipeline.rollout(
+                batch.prompts, self._generators(batch.indices), num_steps=self.num_steps, guidance=self.guidance,
+                size=self.size, **chosen._asdict(),
+            )  # fmt: skip
+            return images, None, None
+        assert batch.noise is not None
+        conditioning = self._encode(self.pipeline, batch.prompts)
+        chain = Chain(self.pipeline, conditioning, num_steps=self.num_steps, guidance=self.guidance, size=self.size)
+        finished = self.method(chain, batch.noise, draws)
+        assert isinstance(finished, Finished)
+        latents, weights = finished
         decode = self.pipeline.decode if not self.recompute_decoder else partial(_again, self.pipeline.decode)
         parts = [decode(part) for part in (latents.split(1) if self.sliced else [latents])]
         return torch.cat(parts) if self.sliced else parts[0], weights, chain

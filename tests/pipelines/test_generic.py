@@ -6,6 +6,7 @@ Real classes with small random weights and the schedulers of the published check
 from __future__ import annotations
 
 import inspect
+import random
 
 import diffusers
 import pytest
@@ -21,6 +22,7 @@ from rewardtune.build import build_task, find_family, load_pipeline
 from rewardtune.diffusion import export, lora
 from rewardtune.diffusion.rollout import sample
 from rewardtune.errors import RecipeError
+from rewardtune.gradients.alignprop import alignprop
 from rewardtune.gradients.draft import choice, draft
 from rewardtune.plugins import Guidance, RewardCard, WholeRollout
 from rewardtune.recipe.file import load_recipe
@@ -204,7 +206,7 @@ def arguments(adapter, guidance, size=SIZES[0]):
 def roll_out(adapter, guidance, last_steps="all", memory="fast"):
     return adapter.rollout(
         PROMPTS, generators(), num_steps=STEPS, guidance=guidance, size=SIZES[0],
-        **choice(last_steps=last_steps, memory=memory)._asdict(),
+        **choice(None, last_steps=last_steps, memory=memory)._asdict(),
     )  # fmt: skip
 
 
@@ -298,6 +300,39 @@ def test_gradient_equals_that_of_the_familys_own_adapter(case, last_steps):
         assert difference(found, wanted) <= 1e-5
 
 
+@pytest.mark.parametrize("case", DEDICATED)
+@pytest.mark.parametrize("memory", ["fast", "flat"])
+def test_a_random_cut_is_the_one_of_the_familys_own_adapter(case, memory):
+    """AlignProp draws from the steps that the scheduler has, which are more than were asked for with some."""
+    family, make, guidance = DEDICATED[case]
+    pipe = make()
+    own, generic = family(pipe), Generic(pipe)
+    settings = {"longest": 1.0, "memory": memory}
+    lengths = set()
+    for seed in range(6):
+
+        def step_by_step(seed=seed):
+            drawn = gradients.Draws(random.Random(seed), [])
+            steps = chain(own, guidance, SIZES[0])
+            return own.decode(alignprop(steps, own.noise(generators(), SIZES[0]), drawn, **settings).latents).clamp(0, 1)
+
+        def whole(seed=seed):
+            chosen = gradients.load_choice("alignprop", **settings)(gradients.Draws(random.Random(seed), []))
+
+            def steps(total):
+                lengths.add(len(found := chosen.gradient_steps(total)))
+                return found
+
+            return generic.rollout(
+                PROMPTS, generators(), num_steps=STEPS, guidance=guidance, size=SIZES[0], gradient_steps=steps,
+                recompute=chosen.recompute,
+            )  # fmt: skip
+
+        assert difference(gradient(Raw(generic), whole), gradient(Raw(own), step_by_step)) <= 1e-5
+    total = len(chain(own, guidance, SIZES[0]))
+    assert len(lengths) > 2 and max(lengths) <= total
+
+
 def test_only_the_chosen_steps_record_and_are_run_again():
     adapter = Generic(aura_flow())
     denoiser = adapter.trainable["transformer"].requires_grad_(True)
@@ -323,7 +358,7 @@ def test_the_pipeline_is_left_as_it_was():
     roll_out(adapter, OFF, 1, "flat")
     with pytest.raises(RecipeError):
         adapter.rollout(
-            PROMPTS, generators(), num_steps=STEPS, guidance=OFF, size=(17, 16), gradient_steps=slice(None),
+            PROMPTS, generators(), num_steps=STEPS, guidance=OFF, size=(17, 16), gradient_steps=range,
             recompute=False,
         )  # fmt: skip
     assert pipe.scheduler is scheduler and vars(scheduler) == before
@@ -485,15 +520,18 @@ class Redness:
         return Score((images[:, 0] - images[:, 2]).mean((1, 2)))
 
 
-def test_reward_rises_and_the_adapters_load_in_diffusers(tmp_path):
+@pytest.mark.parametrize(
+    ("method", "settings"), [("draft", {"last_steps": 2}), ("alignprop", {"longest": 1.0})], ids=["draft", "alignprop"]
+)
+def test_reward_rises_and_the_adapters_load_in_diffusers(tmp_path, method, settings):
     cog_view_4().save_pretrained(tmp_path / "base")
     section = PipelineSection(model=str(tmp_path / "base"), family="generic", options={"size": (16, 16)})
     adapter = load_pipeline(section, device="cpu")
     lora.attach(adapter.trainable, rank=4, targets=adapter.lora_targets)
     task = DirectReward(
         adapter, trainable=adapter.trainable, prompts=[Prompt("dog"), Prompt("red cat"), Prompt("two birds")],
-        rewards=RewardSet([Term(Redness())]), method=choice(last_steps=2, memory="flat"), num_steps=4,
-        guidance=Guidance("full", 2.0), size=(16, 16), seed=3, augmentation=None, samples=lambda: None,
+        rewards=RewardSet([Term(Redness())]), method=gradients.load_choice(method, **settings, memory="flat"),
+        num_steps=4, guidance=Guidance("full", 2.0), size=(16, 16), seed=3, augmentation=None, samples=lambda: None,
         export=lambda *_: None,
     )  # fmt: skip
     optimizer = torch.optim.Adam([p for p in adapter.trainable["transformer"].parameters() if p.requires_grad], 1e-2)
@@ -551,7 +589,8 @@ def test_an_unknown_pipeline_is_told_the_way_out(recipe):
 
 def test_a_recipe_is_built_with_the_steps_that_its_method_chooses(recipe):
     task = build_task(recipe(RECIPE, "gradient.last_steps=3", "gradient.memory=fast"), device="cpu")
-    assert task.method == gradients.Choice(slice(-3, None), False)
+    chosen = task.method(gradients.Draws(random.Random(0), []))
+    assert chosen.gradient_steps(4) == range(1, 4) and not chosen.recompute
     assert task.size == (16, 16)
     assert list(task.trainable) == ["transformer"] and all(
         p.requires_grad for p in task.trainable["transformer"].parameters()
@@ -560,7 +599,7 @@ def test_a_recipe_is_built_with_the_steps_that_its_method_chooses(recipe):
 
 def test_what_takes_single_steps_is_refused_before_anything_is_loaded(recipe):
     for override, told in (
-        ("gradient={method: refl}", "refl takes single steps; write draft"),
+        ("gradient={method: refl}", "refl takes single steps; write draft or alignprop"),
         ("rollout.guidance=detached-negative", "no branch of its guidance can be without gradient"),
         ("rollout={steps: 4}", "write rollout.guidance: full, or off"),
     ):
