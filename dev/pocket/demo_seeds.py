@@ -111,6 +111,19 @@ def contests(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def against(arm: str, rows: list[dict[str, Any]]) -> str:
+    """A sentence on the demo's arm beside another one, seed by seed; none where that arm was not run."""
+    nets = {row["seed"]: row for row in rows if row["arm"] == arm}
+    if "all" not in nets:
+        return ""
+    low, high = nets["all"]["net_ci95"]
+    each = ", ".join(f"{row['net']:+.3f}" for seed, row in nets.items() if seed != "all")
+    return (
+        f" Against `{arm}`, which saw the same noisy views: {nets['all']['net']:+.3f} [{low:+.3f}, {high:+.3f}], by "
+        f"seed {each}."
+    )
+
+
 def table(start: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Markdown; the start's own figures in the first row."""
     lines = [
@@ -167,8 +180,9 @@ def main() -> None:
         "judge `pocket-oracle`, every arm against the SFT start; intervals are bootstraps over prompts. All arms "
         "train the same adapters for about the same time (`training_seconds` in the JSON; a run on one core takes half "
         "as long again as on two). `reward` is what the shipped `pocket:zreward` says of their images. Contests of two "
-        "arms are over the same prompts and noise; `all` takes the seeds' images as one sample, resampled by prompt."
-        "\n\n" + table(start, rows) + "\n\n" + contests(others) + "\n"
+        "arms are over the same prompts and noise; `all` takes the seeds' images as one sample, resampled by prompt. "
+        "That interval does not resample training seeds: look at the seeds one by one for how much a training's luck "
+        f"weighs.{against('sft-student', others)}\n\n" + table(start, rows) + "\n\n" + contests(others) + "\n"
     )
     print((RESULTS / "demo.md").read_text())
 

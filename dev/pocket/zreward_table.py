@@ -1,8 +1,9 @@
 """The Z-Reward table of the pocket world: every method at both sizes, three seeds, and what the figures say.
 
 `make table` runs it: data, trainings, tests, and dev/results/zreward-table.{md,json}. Two jobs at a time, one a core.
-Finished rows are kept under dev/results/zreward-table/ and not run again; `--quick` runs one seed of shorter trainings
-into build/table-quick and leaves the results alone.
+Finished rows are kept under dev/results/zreward-table/ and not run again; one whose recipe has changed since is named.
+`run --quick` runs one seed of shorter trainings on fewer groups into build/table-quick and leaves the results alone.
+`time` measures how long a score takes, on a machine that does nothing else, into dev/results/zreward-time.json.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -25,8 +28,13 @@ from zreward_report import report
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "build/pocket/judgements"
+RESULTS = ROOT / "dev/results"
+TIMES, WORLD = RESULTS / "zreward-time.json", RESULTS / "zreward-world.json"
 BASES = {"teacher": "pocket:teacher-base", "student": "pocket:student-base"}
-SEEDS, FEW = 3, 300
+SEEDS = 3
+QUICK_SHARE, QUICK_GROUPS = 0.125, {"labelled": 300, "unlabelled": 300, "development": 40, "test": 250}
+"""`--quick`: part of a recipe's steps, and groups of each set; the teacher's judgements of all 3,000 groups would take
+half of the 20 minutes alone (ours)."""
 
 
 def named(path: Path) -> str:
@@ -37,7 +45,8 @@ def named(path: Path) -> str:
 @dataclass(frozen=True)
 class Row:
     """One line of the table. recipe: None for the untrained base. of: the row whose export is its teacher. reasoning:
-    traces per score at test. curve: its first seed is also measured at each checkpoint, on development groups."""
+    traces per score at test. curve: its first seed is also measured at each checkpoint, on development groups. against:
+    the row that a control differs from in one thing."""
 
     name: str
     size: str
@@ -48,6 +57,7 @@ class Row:
     reasoning: int = 0
     control: str = ""
     curve: bool = False
+    against: str = ""
 
     @property
     def seeds(self) -> int:
@@ -67,40 +77,33 @@ def rows() -> list[Row]:
             Row(f"{size}-grpo", size, "grpo", "pocket/teacher-grpo", base, reasoning=1, curve=size == "student"),
             Row(f"{size}-gdso", size, "gdso", "pocket/teacher-gdso", base, reasoning=1, curve=size == "student"),
         ]
-    student, gdso = "pocket/student-risd", "teacher-gdso"
+    gdso = "teacher-gdso"
     out += [
-        Row("student-risd", "student", "risd", student, of=gdso),
+        Row("student-risd", "student", "risd", "pocket/student-risd", of=gdso),
         Row("student-opd", "student", "opd", "pocket/student-opd", of=gdso, reasoning=1),
-    ]
-    # controls at the student's size, which takes half of the time
-    base = (f"scorer.model={BASES['student']}",)
-    parsed = (*base, "objective.reward=parsed")
-    out += [
-        Row("risd-sft-teacher", "student", "risd", student, ("teacher.traces=0",), of="teacher-sft",
-            control="from the SFT teacher, read in one pass"),
-        Row("risd-mean", "student", "risd", student, ("objective.match=mean",), of=gdso,
-            control="only the mean is distilled"),
-        Row("risd-labels", "student", "risd", student,
-            ("objective.labels=1.0", f"data.images={named(DATA)}/labelled.jsonl"), of=gdso,
-            control="labelled pictures only, labels + KL"),
-        *(Row(f"risd-k{k}", "student", "risd", student, (f"teacher.traces={k}", f"data.images={named(DATA)}/few.jsonl"),
-              of=gdso, control=f"{k} traces a picture and dimension, {FEW} groups") for k in (1, 4, 8)),
-        Row("gdso-no-policy", "student", "gdso", "pocket/teacher-gdso", (*base, "objective.policy=0"), reasoning=1,
-            control="without the policy gradient"),
-        Row("gdso-parsed", "student", "gdso", "pocket/teacher-gdso", parsed, reasoning=1, curve=True,
-            control="reward from the score in the text"),
-        Row("grpo-parsed", "student", "grpo", "pocket/teacher-grpo", parsed, reasoning=1, curve=True,
-            control="reward from the score in the text"),
-        Row("gdso-two-hot", "student", "gdso", "pocket/teacher-gdso", (*base, "objective.target=two-hot"),
-            reasoning=1, control="two-hot targets"),
-        Row("sft-soft", "student", "sft", "pocket/teacher-sft",
-            (*base, "objective.target=histogram", f"data.records={named(DATA)}/histograms.jsonl"),
-            control="targets are the annotators' histograms"),
-        Row("sft-five-levels", "student", "sft", "pocket/teacher-sft",
-            (*base, "objective.target=two-hot", "scorer.rubric=dev/pocket/five_levels.json"),
-            control="five levels, two-hot targets"),
+        # controls: at the student's size, which takes half of the time
+        _control("risd-sft-teacher", "from the SFT teacher, read in one pass", of="teacher-sft"),
+        _control("risd-mean", "only the mean is distilled", of=gdso),
+        # its pictures are a tenth of RISD's, so there is no row that it could be held against
+        _control("risd-labels", "labels + KL, on the 300 labelled groups alone", of=gdso, against=""),
+        _control("risd-labels-all", "labels + KL, on RISD's 3,000 groups and the 300 labelled ones", of=gdso),
+        *(_control(f"risd-k{k}", f"{k} trace{'s' * (k > 1)} a picture and dimension, 300 groups", of=gdso,
+                   against="risd-k1" * (k > 1)) for k in (1, 4, 8)),
+        _control("gdso-no-policy", "without the policy gradient", reasoning=1),
+        _control("gdso-parsed", "reward from the score in the text", reasoning=1, curve=True),
+        _control("grpo-parsed", "reward from the score in the text", reasoning=1, curve=True),
+        _control("gdso-two-hot", "two-hot targets", reasoning=1),
+        _control("sft-soft", "targets are the annotators' histograms"),
+        _control("sft-five-levels", "five levels, two-hot targets"),
     ]  # fmt: skip
     return out
+
+
+def _control(name: str, control: str, *, against: str | None = None, **more: Any) -> Row:
+    """A row of a recipe `pocket/control-NAME`; the first word of its name is its method."""
+    method = name.partition("-")[0]
+    other = f"student-{method}" if against is None else against
+    return Row(name, "student", method, f"pocket/control-{name}", control=control, against=other, **more)
 
 
 @dataclass(frozen=True)
@@ -116,10 +119,10 @@ class Job:
 
 
 class Table:
-    """Where runs and results lie. share: of the recipes' steps and of the test groups (`--quick`)."""
+    """Where data, runs and results lie. share: of the recipes' steps (`--quick`)."""
 
-    def __init__(self, runs: Path, results: Path, *, share: float) -> None:
-        self.runs, self.results, self.share = runs, results, share
+    def __init__(self, runs: Path, results: Path, *, data: Path = DATA, share: float = 1.0) -> None:
+        self.runs, self.results, self.data, self.share = runs, results, data, share
         self.cores: SimpleQueue[int] = SimpleQueue()
         for core in sorted(os.sched_getaffinity(0)):
             self.cores.put(core)
@@ -130,45 +133,61 @@ class Table:
     def trained(self, job: Job) -> bool:
         return (self.runs / job.name / "export").exists()
 
+    def changed(self, job: Job) -> list[str]:
+        """Settings that a finished row was trained with and that differ today; older rows do not say."""
+        record = json.loads((self.results / f"{job.name}.json").read_text()).get("recipe")
+        if job.row.recipe is None or record is None:
+            return []
+        from rewardtune.recipe.file import load_recipe
+
+        now = load_recipe(job.row.recipe, self.overrides(job))
+        return [] if now.sha256 == record["sha256"] else differing(record["settings"], now.resolved)
+
+    def overrides(self, job: Job) -> list[str]:
+        """What a row's recipe is run with: its seed, this table's data, its teacher in this table."""
+        from rewardtune.recipe.file import load_recipe
+
+        recipe = load_recipe(str(job.row.recipe), job.row.options).recipe
+        options = [f"train.seed={job.seed}", *job.row.options]
+        if job.row.curve and job.seed == 0:
+            options.append("checkpoint.keep=100")
+        data = recipe.data.model_dump(include={"records", "images", "held_out"}, exclude_none=True)
+        options += [f"data.{name}={named(self.data / Path(file).name)}" for name, file in data.items()]
+        if job.row.of is not None:
+            teacher = self.runs / f"{job.row.of}-s{job.seed}"
+            section: Any = recipe.teacher  # type: ignore[union-attr]
+            options.append(f"teacher.model={named(teacher)}/export")
+            if section.cache is not None:
+                kind = Path(data["images"]).stem
+                options.append(f"teacher.cache={named(teacher)}-judgements-{kind}-{section.traces}")
+        if self.share < 1:
+            options.append(f"train.steps={max(10, int(self.share * recipe.train.steps))}")
+        return options
+
     def work(self, job: Job) -> None:
         """Train where needed and test, on one core of its own: two threads on a core pair are slower than one each."""
         core = self.cores.get()
         try:
-            scorer = BASES[job.row.size]
+            scorer, run = BASES[job.row.size], self.runs / job.name
             if job.row.recipe is not None:
                 self._train(job, core)
-                scorer = str(self.runs / job.name / "export")
+                scorer = str(run / "export")
             if self.done(job):  # its row came with the repository, its weights did not
                 return
-            self._call(core, sys.executable, __file__, "test", scorer, str(self.results / job.name),
-                       "--reasoning", str(job.row.reasoning), "--share", str(self.share),
+            data = ("--data", str(self.data))
+            self._call(core, sys.executable, __file__, "test", scorer, str(self.results / job.name), *data,
+                       "--reasoning", str(job.row.reasoning), *(("--run", str(run)) if job.row.recipe else ()),
                        log=self.runs / f"{job.name}.test.log")  # fmt: skip
             if job.row.curve and job.seed == 0:
-                self._call(core, sys.executable, __file__, "curve", scorer, str(self.runs / job.name),
-                           str(self.results / f"{job.row.name}.curve.json"), "--share", str(self.share),
+                self._call(core, sys.executable, __file__, "curve", scorer, str(run),
+                           str(self.results / f"{job.row.name}.curve.json"), *data,
                            log=self.runs / f"{job.name}.test.log")  # fmt: skip
         finally:
             self.cores.put(core)
 
     def _train(self, job: Job, core: int) -> None:
-        out = named(self.runs / job.name)
-        options = [f"train.seed={job.seed}", *job.row.options]
-        if job.row.curve and job.seed == 0:
-            options.append("checkpoint.keep=100")
-        if not any(o.startswith("data.") for o in options):
-            name = f"images={named(DATA)}/unlabelled.jsonl" if job.row.of else f"records={named(DATA)}/labelled.jsonl"
-            options.append(f"data.{name}")
-        if job.row.of is not None:
-            teacher = self.runs / f"{job.row.of}-s{job.seed}"
-            options.append(f"teacher.model={named(teacher)}/export")
-            if "student-risd" in str(job.row.recipe):
-                traces = next((o.partition("=")[2] for o in options if o.startswith("teacher.traces=")), "2")
-                kind = next(Path(o.partition("=")[2]).stem for o in options if o.startswith("data.images="))
-                options.append(f"teacher.cache={named(teacher)}-judgements-{kind}-{traces}")
-        if self.share < 1:
-            options.append(f"train.steps={max(10, int(self.share * _steps(str(job.row.recipe))))}")
-        self._call(core, sys.executable, "-m", "rewardtune", "train", str(job.row.recipe), *options, "--out", out,
-                   log=self.runs / f"{job.name}.log")  # fmt: skip
+        self._call(core, sys.executable, "-m", "rewardtune", "train", str(job.row.recipe), *self.overrides(job),
+                   "--out", named(self.runs / job.name), log=self.runs / f"{job.name}.log")  # fmt: skip
 
     def _call(self, core: int, *command: str, log: Path) -> None:
         self.runs.mkdir(parents=True, exist_ok=True)
@@ -180,14 +199,43 @@ class Table:
             raise SystemExit(f"{log} ends with exit code {done.returncode}:\n{log.read_text()[-600:]}")
 
 
-def _steps(recipe: str) -> int:
-    from rewardtune.recipe.file import load_recipe
+def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Dotted settings of two resolved recipes that differ; one that `then` lacks has its default there."""
+    from pydantic import TypeAdapter, ValidationError
 
-    return load_recipe(recipe, files=False).recipe.train.steps
+    from rewardtune.recipe.sections import Recipe
+
+    with suppress(ValidationError):  # a setting that is gone since is a difference, too
+        then = TypeAdapter(Recipe).validate_python(then).model_dump(mode="json")
+    one, other = _flat(then), _flat(now)
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
+def provenance(run: Path | None) -> dict[str, Any]:
+    """What a row's file says of where it comes from: the revision that tests it, and the recipe that was trained."""
+    asked = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"], cwd=ROOT,
+                           capture_output=True, text=True, check=False)  # fmt: skip
+    found: dict[str, Any] = {"git_revision": asked.stdout.strip() or None}
+    if run is not None:
+        record = json.loads((run / "recipe.json").read_text())
+        found["recipe"] = {"sha256": record["sha256"], "git_revision": record["git_revision"],
+                           "settings": record["recipe"]}  # fmt: skip
+    return found
 
 
 def run(table: Table, jobs: Sequence[Job]) -> None:
     """All jobs, two at a time, a student when its teacher is ready."""
+    for job in jobs:
+        if table.done(job) and (names := table.changed(job)):
+            print(f"{job.name} was trained with another recipe ({', '.join(names)} differ); it is kept. Delete "
+                  f"{named(table.results / job.name)}.* to run it again.", file=sys.stderr)  # fmt: skip
     waiting = [job for job in jobs if not table.done(job)]
     of = {(job.row.of, job.seed) for job in waiting}
     teachers = [Job(row, seed) for row in rows() for seed in range(row.seeds) if (row.name, seed) in of]
@@ -215,19 +263,17 @@ def _ready(job: Job, *unfinished: Iterable[Job]) -> bool:
     return teacher not in {(j.row.name, j.seed) for jobs in unfinished for j in jobs}
 
 
-def test(scorer: str, out: Path, *, reasoning: int, share: float) -> None:
-    """Score the test groups; figures to OUT.json, right and counted pairs of each group to OUT.npz."""
+def test(scorer: str, out: Path, *, data: Path, reasoning: int, run: Path | None = None) -> None:
+    """Score the test groups; figures to OUT.json, right and counted pairs of each group to OUT.npz. run: the folder
+    that the scorer was trained in."""
     from rewardtune.data.records import read_records
     from rewardtune.scorer import evaluate
     from rewardtune.scorer.model import load_scorer
     from rewardtune.scoring import agreement
 
-    groups = read_records(DATA / "test.jsonl")
-    groups = groups[: max(100, int(share * len(groups)))]
+    groups = read_records(data / "test.jsonl")
     loaded = load_scorer(scorer)
-    started = time.perf_counter()
     predicted, tokens = evaluate.predict(loaded, groups, batch_size=64, reasoning=reasoning)
-    seconds = time.perf_counter() - started
     ratings = evaluate.beside_people(loaded, groups, predicted)
     figures = agreement.measure(ratings, loaded.dimensions)
     pairs = agreement.pairs_of(ratings)
@@ -241,12 +287,12 @@ def test(scorer: str, out: Path, *, reasoning: int, share: float) -> None:
                     float(ratings.agreed[bins == b].sum())] for b in range(agreement.BINS)]  # fmt: skip
     document = {
         **figures, "tokens_per_score": round(tokens, 2), "groups": len(groups), "reliability": reliability,
-        "seconds_per_score": seconds / (len(predicted) * len(loaded.dimensions)),
+        **provenance(run),
     }  # fmt: skip
     out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
 
 
-def curve(scorer: str, run: Path, out: Path, *, share: float) -> None:
+def curve(scorer: str, run: Path, out: Path, *, data: Path) -> None:
     """Pair accuracy at each checkpoint of a run and before it, by the expectation and by the score that the text says
     (drawn from the same distribution), on development groups."""
     from safetensors.torch import load_file
@@ -256,7 +302,7 @@ def curve(scorer: str, run: Path, out: Path, *, share: float) -> None:
     from rewardtune.scorer.model import load_scorer
     from rewardtune.scoring import agreement
 
-    groups = read_records(DATA / "development.jsonl")[: max(20, int(100 * share))]
+    groups = read_records(data / "development.jsonl")[:100]
     config = json.loads((run / "recipe.json").read_text())
     loaded = load_scorer(config["recipe"]["scorer"]["model"], rubric=scorer)
     levels = np.asarray(loaded.rubric.values)
@@ -277,10 +323,65 @@ def curve(scorer: str, run: Path, out: Path, *, share: float) -> None:
     out.write_text(json.dumps({"groups": len(groups), "rows": rows}, indent=1) + "\n")
 
 
-def make_data() -> None:
-    if not (DATA / "opinions.jsonl").exists() or not (DATA / "test.jsonl").exists():
+def clock(out: Path, *, data: Path, rounds: int, pictures: int = 64) -> None:
+    """Time each size and kind of scoring on one thread, one after the other in turns, and write OUT.
+
+    The rows' trainings share a machine with one another, so their own times say little. Untrained bases stand for all
+    scorers of their size: training changes the weights, and of the work no more than the length of a trace. Least and
+    median over the rounds; the first round, which fills caches, does not count.
+    """
+    core = max(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {core})
+    import torch
+
+    torch.set_num_threads(1)
+    from rewardtune.data.records import read_records
+    from rewardtune.scorer import evaluate
+    from rewardtune.scorer.model import load_scorer
+
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"Something else is running (load {load:.1f}); times that others will read want an idle machine.",
+              file=sys.stderr)  # fmt: skip
+    groups = read_records(data / "development.jsonl")[: max(1, pictures // 4)]
+    scorers = {size: load_scorer(base) for size, base in BASES.items()}
+    taken: dict[tuple[str, str], list[float]] = {}
+    said: dict[tuple[str, str], float] = {}
+    for turn in range(rounds + 1):
+        for size, scorer in scorers.items():
+            for kind, traces in (("one pass", 0), ("reasoned", 1)):
+                started = time.perf_counter()
+                predicted, tokens = evaluate.predict(scorer, groups, batch_size=64, reasoning=traces)
+                seconds = (time.perf_counter() - started) / (len(predicted) * len(scorer.dimensions))
+                said[size, kind] = round(tokens, 2)
+                if turn:
+                    taken.setdefault((size, kind), []).append(seconds)
+        print(f"round {turn} of {rounds}", file=sys.stderr, flush=True)
+    document = {
+        "pictures": sum(len(group.images) for group in groups), "rounds": rounds, "threads": 1, "load_before": load,
+        "processor": _processor(), "torch": torch.__version__, **provenance(None),
+        "seconds_per_score": [{"size": size, "kind": kind, "tokens": said[size, kind], "least": min(each),
+                               "median": float(np.median(each))} for (size, kind), each in taken.items()],
+    }  # fmt: skip
+    out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def make_data(data: Path, groups: Mapping[str, int] | None = None) -> None:
+    """The groups that a table needs; `groups`: how many of each set, where not the usual."""
+    if not (data / "opinions.jsonl").exists() or not (data / "test.jsonl").exists():
+        sizes = [word for name, count in (groups or {}).items() for word in (f"--{name}", str(count))]
         script = Path(__file__).with_name("make_judgements.py")
-        subprocess.run([sys.executable, str(script), str(DATA)], check=True, cwd=ROOT)
+        subprocess.run([sys.executable, str(script), str(data), *sizes], check=True, cwd=ROOT)
+    # groups without labels first: the teacher's traces are drawn by an item's place, so these are RISD's own
+    parts = [(data / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("unlabelled", "labelled")]
+    mixed = data / "mixed.jsonl"
+    if not mixed.exists() or mixed.read_text(encoding="utf-8") != "".join(parts):
+        mixed.write_text("".join(parts), encoding="utf-8")
 
 
 def chosen(names: Sequence[str], *, seeds: int, controls: bool) -> Iterator[Job]:
@@ -296,36 +397,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     whole = commands.add_parser("run", help="all rows, then the report")
-    whole.add_argument("--quick", action="store_true", help="one seed, an eighth of the steps and test groups")
+    whole.add_argument("--quick", action="store_true", help="one seed, an eighth of the steps, fewer groups")
     whole.add_argument("--rows", nargs="*", default=[], metavar="NAME", help="only these")
     whole.add_argument("--seeds", type=int, default=SEEDS)
     one = commands.add_parser("test", help="score the test groups with one scorer")
     one.add_argument("scorer")
     one.add_argument("out", type=Path)
     one.add_argument("--reasoning", type=int, default=0)
-    one.add_argument("--share", type=float, default=1.0)
+    one.add_argument("--run", type=Path, help="the folder that it was trained in, for the record")
     steps = commands.add_parser("curve", help="measure a run's checkpoints on development groups")
     steps.add_argument("scorer")
     steps.add_argument("run", type=Path)
     steps.add_argument("out", type=Path)
-    steps.add_argument("--share", type=float, default=1.0)
-    commands.add_parser("report", help="write the page from the rows that are there")
+    times = commands.add_parser("time", help="how long a score takes; the machine should do nothing else (2 minutes)")
+    times.add_argument("--out", type=Path, default=TIMES)
+    times.add_argument("--rounds", type=int, default=15)
+    for command in (one, steps, times):
+        command.add_argument("--data", type=Path, default=DATA)
+    page_of = commands.add_parser("report", help="write the page from the rows that are there")
+    page_of.add_argument("--page", type=Path, default=RESULTS / "zreward-table.md")
     args = parser.parse_args()
-    results = ROOT / "dev/results/zreward-table"
     if args.command == "test":
-        return test(args.scorer, args.out, reasoning=args.reasoning, share=args.share)
+        return test(args.scorer, args.out, data=args.data, reasoning=args.reasoning, run=args.run)
     if args.command == "curve":
-        return curve(args.scorer, args.run, args.out, share=args.share)
-    page = results.with_suffix(".md")
-    if args.command == "run":
-        make_data()
-        quick: dict[str, Any] = {}
-        if args.quick:
-            results = ROOT / "build/table-quick/results"
-            page, quick = ROOT / "build/table-quick/zreward-table.md", {"seeds": 1, "controls": False}
-        table = Table(results.parent if args.quick else ROOT / "build/table", results, share=0.125 if args.quick else 1)
-        run(table, list(chosen(args.rows, **{"seeds": args.seeds, "controls": True, **quick})))
-    report(results, page, [(row, row.seeds) for row in rows()])
+        return curve(args.scorer, args.run, args.out, data=args.data)
+    if args.command == "time":
+        make_data(args.data)
+        return clock(args.out, data=args.data, rounds=args.rounds)
+    results, page = RESULTS / "zreward-table", RESULTS / "zreward-table.md"
+    if args.command == "report":
+        page = args.page
+    elif args.quick:
+        folder = ROOT / "build/table-quick"
+        results, page = folder / "results", folder / "zreward-table.md"
+        make_data(folder / "judgements", QUICK_GROUPS)
+        table = Table(folder, results, data=folder / "judgements", share=QUICK_SHARE)
+        run(table, list(chosen(args.rows, seeds=1, controls=False)))
+    else:
+        make_data(DATA)
+        run(Table(ROOT / "build/table", results), list(chosen(args.rows, seeds=args.seeds, controls=True)))
+    report(results, page, [(row, row.seeds) for row in rows()], times=TIMES, world=WORLD)
     print(page)
     return None
 

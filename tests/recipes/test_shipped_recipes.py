@@ -41,6 +41,21 @@ def test_it_starts_with_the_editor_header_and_says_what_it_is_for(name):
     assert len(summary.lstrip("# ")) > 20
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("zreward/")])
+def test_a_recipe_of_real_size_says_first_what_it_needs(name):
+    _, *head = shipped_recipes()[name].read_text().splitlines()
+    first = " ".join(line.lstrip("# ") for line in head[:4] if line.startswith("#"))
+    assert re.search(r"\. Memory: about \d+ GiB\b.*\. Hardware: (one|\d+ x) \d+ GB\b", first), first
+    # what the header counts on
+    recipe = load_recipe(name).recipe
+    assert recipe.scorer.dtype == "bfloat16" and recipe.scorer.lora and recipe.train.gradient_checkpointing
+
+
+def test_every_size_has_its_baselines():
+    for stem in ("student-9b", "teacher-27b"):
+        assert {f"zreward/{stem}-{method}" for method in ("sft", "dance", "grpo", "gdso")} <= set(NAMES)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_held_out_judge_is_trained_on(name):
     recipe = load_recipe(name).recipe
