@@ -50,6 +50,12 @@ class Flux:
         pipe = FluxPipeline.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True)
         return cls(pipe.to(device), config)
 
+    @classmethod
+    def size_multiple_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        """See `plugins.LoadedPipeline`: what `size_multiple` will be."""
+        factor: int = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+        return factor * 2
+
     def __init__(self, pipe: Any, config: Config | None = None) -> None:
         self.pipe = pipe
         self.options = config or self.Config()

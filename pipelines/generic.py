@@ -8,13 +8,15 @@ nothing.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property, wraps
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from rewardtune.diffusion import pipeline_source
 from rewardtune.errors import RecipeError
 from rewardtune.plugins import Guidance, Options
 
@@ -47,6 +49,20 @@ class Generic:
     def matches(cls, model_index: Mapping[str, Any]) -> bool:
         """nothing: any text-to-image pipeline, where pipeline.family names it."""
         return False
+
+    @classmethod
+    def refuses(cls, model_index: Mapping[str, Any]) -> str | None:
+        """See `plugins.LoadedPipeline`: what `__init__` will refuse of diffusers' own classes."""
+        name, known = model_index.get("_class_name"), pipeline_source.classes()
+        if not isinstance(name, str) or not known:
+            return None  # somebody's own class, or no source to read
+        if name not in known:
+            return f"is not among the pipelines of diffusers {version('diffusers')}, which is installed"
+        return _no_text_to_image(
+            pipeline_source.parameters(name, "__call__"),
+            pipeline_source.parameters(name, "__init__"),
+            listed=name in pipeline_source.text_to_image(),
+        )
 
     @classmethod
     def load(cls, path: str, config: Config, *, revision: str | None, dtype: torch.dtype, device: str) -> Generic:
@@ -154,22 +170,17 @@ class Generic:
         """Raise RecipeError unless this is a pipeline from text to one image, with one denoiser."""
         from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 
-        def taken(names: Sequence[str]) -> list[str]:
-            return [name for name in names if name in self._parameters]
-
-        if found := taken(_VIDEO):
-            raise self._refusal(f"makes videos (its call takes {found[0]}), and rewards score single images")
-        if found := taken(_START):
-            raise self._refusal(f"starts from a picture (its call takes {found[0]}), and recipes have prompts alone")
-        # of those that can take pictures beside the prompt, diffusers says which need none
-        if (found := taken(_PICTURES)) and type(self.pipe) not in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
-            raise self._refusal(
-                f"takes pictures (its call has {found[0]}) and is not among diffusers' text-to-image pipelines"
+        parts = [name for name in (self.denoiser, "scheduler") if getattr(self.pipe, name, None) is not None]
+        listed = type(self.pipe) in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()
+        if why := _no_text_to_image(self._parameters, parts, listed=listed):
+            raise self._refusal(why)
+        for name, parameter in self._parameters.items():
+            needed = parameter.default is parameter.empty and parameter.kind in (
+                parameter.POSITIONAL_OR_KEYWORD,
+                parameter.KEYWORD_ONLY,
             )
-        if missing := [name for name in _NEEDED if name not in self._parameters]:
-            raise self._refusal(f"has a call without {', '.join(missing)}")
-        if getattr(self.pipe, self.denoiser, None) is None or getattr(self.pipe, "scheduler", None) is None:
-            raise self._refusal("has no transformer or unet with a scheduler, so its steps cannot be told apart")
+            if needed and name not in ("self", *_OURS, *self.options.call):
+                raise self._refusal(f"cannot be called without {name}; give it in pipeline.options.call, if you can")
 
     def _checked(self, images: Any, shape: tuple[int, ...]) -> Tensor:
         """The call's images. Raises RecipeError for what is no batch of images of this shape with values in [0, 1]."""
@@ -295,6 +306,27 @@ class _Steps:
             return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
         return recomputed
+
+
+def _no_text_to_image(call: Collection[str], parts: Collection[str], *, listed: bool) -> str | None:
+    """Why a pipeline is not one from text to one image with one denoiser; None for one that is.
+
+    call, parts: the names of what it takes to draw, and of what it is made of. listed: diffusers counts its class among
+    those from text to image.
+    """
+    if found := [name for name in _VIDEO if name in call]:
+        return f"makes videos (its call takes {found[0]}), and rewards score single images"
+    if found := [name for name in _START if name in call]:
+        return f"starts from a picture (its call takes {found[0]}), and recipes have prompts alone"
+    # of those that can take pictures beside the prompt diffusers says which need none; that many of the others do not
+    # run without shows in no signature, where the pictures have a default all the same
+    if (found := [name for name in _PICTURES if name in call]) and not listed:
+        return f"takes pictures (its call has {found[0]}) and is not among diffusers' text-to-image pipelines"
+    if missing := [name for name in _NEEDED if name not in call]:
+        return f"has a call without {', '.join(missing)}"
+    if not {"transformer", "unet"} & set(parts) or "scheduler" not in parts:
+        return "has no transformer or unet with a scheduler, so its steps cannot be told apart"
+    return None
 
 
 def _refusal(pipe: Any, what: str) -> RecipeError:

@@ -56,6 +56,11 @@ class Lumina2:
         pipe = Lumina2Pipeline.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True)
         return cls(pipe.to(device), config)
 
+    @classmethod
+    def size_multiple_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        """See `plugins.LoadedPipeline`: what `size_multiple` will be."""
+        return 16  # the pipeline takes every autoencoder for one that shrinks the sides to an eighth
+
     def __init__(self, pipe: Any, config: Config | None = None) -> None:
         self.pipe = pipe
         self.options = config or self.Config()

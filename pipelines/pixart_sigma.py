@@ -63,6 +63,12 @@ class PixArtSigma:
         pipe = PixArtSigmaPipeline.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True)
         return cls(pipe.to(device), config)
 
+    @classmethod
+    def size_multiple_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        """See `plugins.LoadedPipeline`: what `size_multiple` will be."""
+        factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+        return math.lcm(8, factor * configs["transformer"]["patch_size"])
+
     def __init__(self, pipe: Any, config: Config | None = None) -> None:
         from diffusers.utils.import_utils import is_bs4_available, is_ftfy_available
 

@@ -56,6 +56,12 @@ class Sana:
         pipe = SanaPipeline.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True)
         return cls(pipe.to(device), config)
 
+    @classmethod
+    def size_multiple_of(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        """See `plugins.LoadedPipeline`: what `size_multiple` will be."""
+        factor = 2 ** (len(configs["vae"]["encoder_block_out_channels"]) - 1)
+        return math.lcm(32, factor * configs["transformer"]["patch_size"])
+
     def __init__(self, pipe: Any, config: Config | None = None) -> None:
         self.pipe = pipe
         self.options = config or self.Config()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from rewardtune import gradients, registry
 from rewardtune.data.records import read_captioned_images, read_prompts
 from rewardtune.data.references import resolve, why_not_loaded
-from rewardtune.diffusion import export, lora, offload
+from rewardtune.diffusion import export, families, lora, offload
 from rewardtune.diffusion.frozen_layers import keep_less
 from rewardtune.diffusion.rollout import sample
 from rewardtune.diffusion.schedulers import check_deterministic, schedule
-from rewardtune.errors import PluginError, RecipeError
+from rewardtune.errors import RecipeError
 from rewardtune.guard.guard import Guard
 from rewardtune.guard.verdict import rule_of
 from rewardtune.guard.watch import Look, Watch
@@ -113,8 +112,10 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
                 keep_less(part, recompute=flat)
     rollout = recipe.rollout
     guidance = Guidance(rollout.guidance, rollout.guidance_scale, rollout.negative_prompt, rollout.embedded_guidance)
+    # what the pipeline refuses is told before a reward is loaded
+    size, method = _size(pipeline, rollout), _method(pipeline, recipe, guidance)
     if not isinstance(pipeline, WholeRollout):
-        schedule(pipeline, rollout.steps, _size(pipeline, rollout))
+        schedule(pipeline, rollout.steps, size)
     return DirectReward(
         pipeline,
         trainable=trainable,
@@ -122,13 +123,13 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
         rewards=RewardSet(
             [_trained_on(build_term(r, device=device)) for r in recipe.rewards], Mixing(**recipe.mixing.model_dump())
         ),
-        method=_method(pipeline, recipe, guidance),
+        method=method,
         balance=recipe.balance,
         velocity=recipe.regularise.velocity,
         sft=_mixed_sft(pipeline, trainable, recipe),
         num_steps=rollout.steps,
         guidance=guidance,
-        size=_size(pipeline, rollout),
+        size=size,
         sliced=recipe.pipeline.decode == "sliced",
         # a decoder that leaves for main memory after its work cannot be gone through backwards without coming back
         recompute_decoder=flat or recipe.pipeline.offload,
@@ -166,6 +167,10 @@ def load_pipeline(
     path = resolve(section.model)
     name = section.family or find_family(path, section.revision)
     plugin = registry.pipelines.load_class(name)
+    if section.family and hasattr(plugin, "refuses"):  # one that was found has seen the index
+        why = families.refusal(name, plugin, read_model_index(path, section.revision))
+        if why is not None:
+            raise RecipeError(f"{why}.")
     try:
         config = plugin.Config(**section.options)
     except ValidationError as error:
@@ -212,20 +217,10 @@ def _set_decoding(pipeline: AnyPipeline, how: str) -> None:
 def find_family(path: str, revision: str | None) -> str:
     """The family that recognises a checkpoint's `model_index.json`."""
     index = read_model_index(path, revision)
-    whole = []
-    for name in registry.pipelines.names():
-        # a broken plug-in of somebody else must not hide a family that fits
-        with suppress(PluginError):
-            plugin = registry.pipelines.load_class(name)
-            if plugin.matches(index):
-                return name
-            whole += [name] if hasattr(plugin, "rollout") else []
-    raise RecipeError(
-        f"{path} is a {index.get('_class_name', 'unknown pipeline')}, which no family here recognises "
-        f"({', '.join(registry.pipelines.names())}). Name one with pipeline.family if it works alike. What is run as a "
-        "whole (task direct_reward with gradient.method draft) needs no family of its own: write pipeline.family: "
-        f"{' or '.join(whole)}."
-    )
+    name = families.recognised(index)
+    if name is None:
+        raise RecipeError(f"{families.unrecognised(path, index)}.")
+    return name
 
 
 def read_model_index(path: str, revision: str | None) -> Mapping[str, Any]:
@@ -381,14 +376,9 @@ def _mixed_sft(
 def _size(pipeline: AnyPipeline, rollout: RolloutSection) -> tuple[int, int]:
     """Height and width of a roll-out. Raises RecipeError for a size that the family refuses or rounds."""
     size = (rollout.height or pipeline.image_size[0], rollout.width or pipeline.image_size[1])
-    for name, pixels in zip(("height", "width"), size, strict=True):
-        if pixels % pipeline.size_multiple:
-            raise RecipeError(
-                f"rollout.{name}: {pixels} pixels do not fit the family {pipeline.family!r}, whose images are "
-                f"multiples of {pipeline.size_multiple} high and wide. The nearest are "
-                f"{max(pixels // pipeline.size_multiple, 1) * pipeline.size_multiple} and "
-                f"{(pixels // pipeline.size_multiple + 1) * pipeline.size_multiple}."
-            )
+    for side, pixels in zip(("height", "width"), size, strict=True):
+        if why := families.misfit(side, pixels, family=pipeline.family, multiple=pipeline.size_multiple):
+            raise RecipeError(f"{why}.")
     return size
 
 

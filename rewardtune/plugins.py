@@ -109,6 +109,13 @@ class LoadedPipeline(Protocol):
     A pipeline plug-in is a class with `family: str`, `matches(model_index: Mapping) -> bool` (classmethod; reads the
     dict of `model_index.json`), `Config: type[Options]` and `load(cls, path, config, *, revision, dtype, device)`,
     which makes one of the two. No LoRA, EMA or accelerate code lives here.
+
+    Two more class methods tell before a weight is loaded what would be refused afterwards, and may be left out where
+    only the loaded pipeline can tell. Neither imports torch.
+    `size_multiple_of(configs) -> int`: `size_multiple` by the `config.json` of each part, under its name in
+    `model_index.json`; a KeyError counts as not known.
+    `refuses(model_index) -> str | None`: why a checkpoint cannot be run that `pipeline.family` names the family for, to
+    follow the name of its class: "makes videos, and rewards score single images".
     """
 
     family: str

@@ -115,6 +115,8 @@ LIGHT = [
     "rewardtune.errors",
     "rewardtune.data.images",
     "rewardtune.recipe.mistakes",
+    "rewardtune.diffusion.families",
+    "rewardtune.diffusion.pipeline_source",
     "rewardtune.plugins",
     "rewardtune.recipe.sections",
     "rewardtune.recipe.file",

@@ -31,6 +31,19 @@ def resolve(reference: str) -> str:
     )
 
 
+def fetched(repository: str, file: str, revision: str | None) -> Path | None:
+    """The folder of a hub id in the hub's cache that holds a file of its top level; None where it is not there. Asks no
+    network."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(repository, file, cache_dir=constants.HF_HUB_CACHE, revision=revision)
+    except HFValidationError:
+        return None  # no name that the hub could have
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def version(reference: str, revision: str | None) -> str:
     """What a card says of a model that has been loaded: which bytes they were, as far as it can be known.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from rewardtune import gradients, registry
-from rewardtune.data.references import PREFIX, pocket_path, resolve
+from rewardtune.data.references import PREFIX, fetched, pocket_path, resolve
+from rewardtune.diffusion import families
 from rewardtune.errors import DataError, PluginError, RecipeError, RewardTuneError
 from rewardtune.plugins import RewardCard
 from rewardtune.recipe.mistakes import Loc, Mistake, dotted, schema_mistakes, value_at
@@ -30,15 +31,14 @@ HEAD_ROWS = 50
 def check_joins(data: Mapping[str, Any]) -> list[Mistake]:
     """Rewards: known, loadable, differentiable where a task needs it, with options and dimensions of their own."""
     mistakes: list[Mistake] = []
-    for section in (("rewards",), ("compare", "rewards")):
-        entries = value_at(data, section)
-        for index, entry in enumerate(entries if isinstance(entries, list) else []):
-            if isinstance(entry, dict) and isinstance(entry.get("name"), str):
-                training = section == ("rewards",) and data.get("task") == "direct_reward"
-                mistakes += _check_reward((*section, index), entry, training=training)
-    judge = value_at(data, ("compare", "judge"))
-    if isinstance(judge, str):
-        mistakes += _load_mistakes(("compare", "judge"), judge)
+    for loc, entry in _reward_entries(data):
+        if loc == _JUDGE:
+            mistakes += _check_judge(entry["name"], entry["options"])
+        elif isinstance(entry.get("name"), str):
+            training = loc[0] == "rewards" and data.get("task") == "direct_reward"
+            mistakes += _check_reward(loc, entry, training=training)
+    if isinstance(judge := _judge(data), Mistake):
+        mistakes.append(judge)
     family = value_at(data, ("pipeline", "family"))
     if isinstance(family, str):
         mistakes += _check_family(family, data)
@@ -58,25 +58,71 @@ def check_files(data: Mapping[str, Any]) -> list[Mistake]:
         mistakes += _refers(("teacher", "model"), data, resolve)
     for loc, kind in DATA_FILES.items():
         mistakes += _refers(loc, data, partial(_check_data_file, kind=kind))
-    entries = value_at(data, ("rewards",))
-    for index, entry in enumerate(entries if isinstance(entries, list) else []):
-        options = value_at(entry, ("options",))
-        for key in options if isinstance(options, dict) else ():
-            if key in ("checkpoint", "model") or str(options[key]).startswith(PREFIX):
-                mistakes += _refers(("rewards", index, "options", key), data, resolve)
+    for at, entry in _reward_entries(data):
+        options = entry.get("options")
+        for key, value in options.items() if isinstance(options, dict) else ():
+            if key in ("checkpoint", "model") or str(value).startswith(PREFIX):
+                mistakes += _check_reference((*at, "options", key), value, resolve)
     return mistakes
 
 
 # ------------------------------------------------------------------------------------------------------------ rewards
 
 
+_PANELS: Sequence[Loc] = (("rewards",), ("guard", "rewards"), ("compare", "rewards"))
+"""Where a recipe lists rewards."""
+_JUDGE: Loc = ("compare", "judge")
+
+
+def _reward_entries(data: Mapping[str, Any]) -> Iterator[tuple[Loc, Mapping[str, Any]]]:
+    """Every reward of a recipe, the judge too, and its place."""
+    for section in _PANELS:
+        entries = value_at(data, section)
+        for index, entry in enumerate(entries if isinstance(entries, list) else []):
+            if isinstance(entry, dict):
+                yield (*section, index), entry
+    judge = _judge(data)
+    if judge is not None and not isinstance(judge, Mistake):
+        yield _JUDGE, judge
+
+
+def _judge(data: Mapping[str, Any]) -> Mapping[str, Any] | Mistake | None:
+    """The judge of a comparison as an entry of its own; None where the name is that of a reward which `compare` scores
+    with anyway, and which then judges as it is listed."""
+    judge = value_at(data, _JUDGE)
+    if not isinstance(judge, str):
+        return None
+    for section in (("rewards",), ("compare", "rewards")):
+        entries = value_at(data, section)
+        if any(value_at(entry, ("name",)) == judge for entry in (entries if isinstance(entries, list) else [])):
+            return None
+    from rewardtune.scoring.score import parse_spec
+
+    try:
+        name, options = parse_spec(judge)
+    except RecipeError as error:
+        return Mistake(_JUDGE, str(error))
+    return {"name": name, "options": options}
+
+
+def _check_judge(name: str, options: Mapping[str, Any]) -> list[Mistake]:
+    try:
+        plugin: Any = registry.rewards.load_class(name)
+        whose = f"judge {name!r}, whose options follow its name as {name}:option=value"
+        read_options(plugin.Config, options, whose=whose, listed_by=f"rewardtune rewards show {name}")
+    except (PluginError, RecipeError) as error:
+        return [Mistake(_JUDGE, str(error))]
+    why = missing_requirement(plugin.card)
+    return [Mistake(_JUDGE, f"reward '{name}' {why}")] if why else []
+
+
 def _check_reward(loc: Loc, entry: Mapping[str, Any], *, training: bool) -> Iterator[Mistake]:
     name = entry["name"]
-    found = _load_mistakes((*loc, "name"), name)
-    if found:
-        yield from found
+    try:
+        plugin: Any = registry.rewards.load_class(name)
+    except PluginError as error:
+        yield Mistake((*loc, "name"), str(error))
         return
-    plugin: Any = registry.rewards.load_class(name)
     card: RewardCard = plugin.card
     if training and not card.differentiable:
         yield Mistake(
@@ -128,14 +174,6 @@ def missing_requirement(card: RewardCard) -> str | None:
     return None
 
 
-def _load_mistakes(loc: Loc, name: str) -> list[Mistake]:
-    try:
-        registry.rewards.load_class(name)
-    except PluginError as error:
-        return [Mistake(loc, str(error))]
-    return []
-
-
 def read_options(config: type[BaseModel], options: Mapping[str, Any], *, whose: str, listed_by: str) -> Any:
     """A plug-in's options as its own Config. Raises RecipeError in the words that recipes are corrected with."""
     try:
@@ -185,15 +223,18 @@ def _check_whole(family: str, data: Mapping[str, Any]) -> Iterator[Mistake]:
 
 
 def _check_pipeline(model: str, data: Mapping[str, Any]) -> list[Mistake]:
-    """A local checkpoint is a diffusers folder of a known family; a hub id is not looked up."""
+    """A checkpoint on this machine is a diffusers folder of a known family that draws the asked-for size; a hub id that
+    has not been fetched is not looked up."""
     loc: Loc = ("pipeline", "model")
+    revision = value_at(data, ("pipeline", "revision"))
     try:
         path = Path(resolve(model))
     except RecipeError as error:
         return [Mistake(loc, str(error))]
-    if not path.exists():
+    folder = path if path.exists() else fetched(model, families.INDEX, revision if isinstance(revision, str) else None)
+    if folder is None:
         return []
-    index_file = path / "model_index.json"
+    index_file = folder / families.INDEX
     if not index_file.is_file():
         return [
             Mistake(loc, f"{model} holds no model_index.json, so it is not a diffusers pipeline; give its top folder")
@@ -204,25 +245,31 @@ def _check_pipeline(model: str, data: Mapping[str, Any]) -> list[Mistake]:
         return [Mistake(loc, f"{index_file} cannot be read: {error}")]
     if not isinstance(index, dict):
         return [Mistake(loc, f"{index_file} is not the index of a diffusers pipeline")]
-    if value_at(data, ("pipeline", "family")) is not None:
-        return []  # the join check has looked at it
-    whole = []
-    for name in registry.pipelines.names():
-        try:
-            plugin: Any = registry.pipelines.load_class(name)
-        except PluginError:
-            continue  # somebody else's broken family is not this recipe's mistake; `doctor` tells of it
-        if plugin.matches(index):
-            return _check_options(("pipeline", "options"), value_at(data, ("pipeline", "options")), plugin.Config)
-        whole += [name] if hasattr(plugin, "rollout") else []
-    return [
-        Mistake(
-            loc,
-            f"{model} is a {index.get('_class_name', 'pipeline of unknown class')}, which no family recognises; "
-            f"there are {', '.join(registry.pipelines.names())} (name one with pipeline.family if it works alike; "
-            f"{' or '.join(whole)} runs any text-to-image pipeline as a whole)",
-        )
-    ]
+    named = value_at(data, ("pipeline", "family"))
+    family = families.recognised(index) if named is None else named
+    if family is None:
+        return [Mistake(loc, families.unrecognised(model, index))]
+    try:
+        plugin: Any = registry.pipelines.load_class(str(family))
+    except PluginError:
+        return []  # the join check has said so
+    mistakes = []
+    if named is None:  # else the join check has looked at them
+        mistakes = _check_options(("pipeline", "options"), value_at(data, ("pipeline", "options")), plugin.Config)
+    elif why := families.refusal(named, plugin, index):
+        return [Mistake(("pipeline", "family"), why)]
+    return mistakes + list(_check_size(plugin, folder, data))
+
+
+def _check_size(plugin: Any, folder: Path, data: Mapping[str, Any]) -> Iterator[Mistake]:
+    """Whether the family draws roll-outs of the asked-for size, as far as its checkpoint's files tell."""
+    multiple = families.size_multiple(plugin, folder)
+    if multiple is None:
+        return
+    for side in ("height", "width"):
+        pixels = value_at(data, ("rollout", side))
+        if type(pixels) is int and (why := families.misfit(side, pixels, family=plugin.family, multiple=multiple)):
+            yield Mistake(("rollout", side), why)
 
 
 # --------------------------------------------------------------------------------------------------------- data files
@@ -234,6 +281,8 @@ DATA_FILES: Mapping[Loc, str] = {
     ("data", "records"): "preference records",
     ("data", "held_out"): "preference records",
     ("data", "images"): "images to judge",
+    ("regularise", "sft", "manifest"): "captioned images",
+    ("guard", "prompts"): "prompts",
     ("compare", "prompts"): "prompts",
 }
 _COLUMNS = {"prompts": ("prompt",), "captioned images": ("image", "caption"), "preference records": ("prompt",),
@@ -242,7 +291,10 @@ _COLUMNS = {"prompts": ("prompt",), "captioned images": ("image", "caption"), "p
 
 def _refers(loc: Loc, data: Mapping[str, Any], check: Callable[[str], object]) -> list[Mistake]:
     """Run a check on the reference at a place, if there is one."""
-    reference = value_at(data, loc)
+    return _check_reference(loc, value_at(data, loc), check)
+
+
+def _check_reference(loc: Loc, reference: Any, check: Callable[[str], object]) -> list[Mistake]:
     if not isinstance(reference, str):
         return []
     try:

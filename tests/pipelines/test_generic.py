@@ -314,7 +314,9 @@ def test_a_random_cut_is_the_one_of_the_familys_own_adapter(case, memory):
         def step_by_step(seed=seed):
             drawn = gradients.Draws(random.Random(seed), [])
             steps = chain(own, guidance, SIZES[0])
-            return own.decode(alignprop(steps, own.noise(generators(), SIZES[0]), drawn, **settings).latents).clamp(0, 1)
+            return own.decode(alignprop(steps, own.noise(generators(), SIZES[0]), drawn, **settings).latents).clamp(
+                0, 1
+            )
 
         def whole(seed=seed):
             chosen = gradients.load_choice("alignprop", **settings)(gradients.Draws(random.Random(seed), []))
@@ -420,12 +422,21 @@ def test_options_of_the_call():
         ("QwenImageEditPipeline", "takes pictures"),
         ("StableAudioPipeline", "without height, width"),
         ("WuerstchenCombinedPipeline", "no transformer or unet"),
+        ("OmniGenPipeline", "takes pictures"),
     ],
 )
 def test_other_kinds_of_pipelines_are_refused(name, why):
     family = getattr(diffusers, name)
     with pytest.raises(RecipeError, match=f"generic: {name} .*{why}"):
         Generic(object.__new__(family))
+
+
+def test_what_the_call_cannot_do_without_is_asked_for():
+    parts = {name: part for name, part in stable_diffusion().components.items() if name != "image_encoder"}
+    pipe = diffusers.StableDiffusionAttendAndExcitePipeline(**parts, requires_safety_checker=False)
+    with pytest.raises(RecipeError, match=r"cannot be called without token_indices; give it in pipeline\.options"):
+        Generic(pipe)
+    assert Generic(pipe, Generic.Config(call={"token_indices": [1]})).image_size == (16, 16)
 
 
 def changed(change):

@@ -12,7 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rewardtune import registry
 from rewardtune.errors import DataError, RecipeError
+from rewardtune.plugins import Options, RewardCard
 from rewardtune.recipe.file import format_overrides, load_recipe, recipe_schema
 from rewardtune.recipe.gradients import DraftSection
 from rewardtune.recipe.sections import TASKS
@@ -316,6 +318,74 @@ def test_a_scalar_reward_has_no_statistic(recipe):
     assert "statistic needs a distributional reward" in mistakes_of(recipe(text))
 
 
+GUARDED = GOOD + "guard: {prompts: prompts.txt, rewards: [{name: pickscore}]}\n"
+
+
+@pytest.mark.parametrize("section", ["rewards", "guard.rewards", "compare.rewards"])
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("{name: picscore}", r"reward 'picscore' is unknown \(there are aesthetic,.*\); did you mean 'pickscore'?"),
+        ("{name: pickscore, options: {modle: x}}", r"key 'modle' unknown in {}\.0\.options; did you mean 'model'?"),
+        ("{name: http-judge}", r"key 'url' is missing in {}\.0\.options"),
+        ("{name: pickscore, options: {model: ./no}}", r"{}\.0\.options\.model: model '\./no': there is no such folder"),
+        ("{name: clipscore, statistic: {kind: expectation}}", "statistic needs a distributional reward"),
+        ("{name: absent}", "'absent' needs no_such_module, which is not installed"),
+    ],
+)
+def test_rewards_are_checked_wherever_they_are_listed(recipe, monkeypatch, section, entry, said):
+    monkeypatch.setattr(registry.rewards, "_decorated", {})
+    card = RewardCard("absent", "", differentiable=True, needs_prompt=False, range=None, requires=("no_such_module",))
+    registry.rewards.register("absent", type("Absent", (), {"card": card, "Config": Options, "load": None}))
+    assert load_recipe(recipe(GUARDED), files=True)
+    text = mistakes_of(recipe(GUARDED), f"{section}=[{entry}]")
+    assert re.search(said.format(re.escape(section)).replace("?", r"\?"), text), text
+    assert f"override '{section}=" in text
+
+
+@pytest.mark.parametrize(
+    ("judge", "said"),
+    [
+        ("picscore", "reward 'picscore' is unknown"),
+        ("http-judge", "http-judge:option=value: key 'url' is missing in options"),
+        ("pickscore:modle=a/b", "key 'modle' unknown in options; did you mean 'model'?"),
+        ("pickscore:model=./no", "compare.judge.options.model: model './no': there is no such folder"),
+        ("pickscore:model", "'model' is not option=value"),
+    ],
+)
+def test_the_judge_is_checked_with_its_options(recipe, judge, said):
+    text = mistakes_of(recipe(GOOD + f"compare:\n  judge: '{judge}'\n"))
+    assert said in text
+    assert "recipe.yaml:18: " in text
+
+
+def test_a_judge_by_name_is_the_reward_that_is_compared(recipe):
+    """With its options there: http-judge cannot be without."""
+    options = "{url: 'http://localhost:1/v1', served_model: x}"
+    rewards = f"compare.rewards=[{{name: http-judge, options: {options}}}]"
+    assert load_recipe(recipe(), [rewards, "compare.judge=http-judge"], files=True)
+    assert load_recipe(recipe(), ["compare.judge='pickscore:model=some/hub-id'"], files=True)
+    # the guard's rewards are not those of compare
+    guard = f"guard.rewards=[{{name: http-judge, options: {options}}}]"
+    assert "'url' is missing" in mistakes_of(recipe(GUARDED), guard, "compare.judge=http-judge")
+
+
+@pytest.mark.parametrize(
+    ("key", "override"),
+    [
+        ("guard.prompts", "guard.prompts={}"),
+        ("compare.prompts", "compare.prompts={}"),
+        ("regularise.sft.manifest", "regularise.sft={{manifest: {}, weight: 0.1}}"),
+    ],
+)
+def test_files_are_looked_at_wherever_they_are_named(recipe, tmp_path, key, override):
+    said = mistakes_of(recipe(GUARDED), override.format("nowhere.jsonl"))
+    assert f"{key}: there is no file 'nowhere.jsonl' (relative paths start at {tmp_path})" in said
+    (tmp_path / "rows.jsonl").write_text('{"promt": "a cat", "image": "a.png"}\n')
+    said = mistakes_of(recipe(GUARDED), override.format("rows.jsonl"), kind=DataError)
+    assert f"{key}: " in said and "rows.jsonl" in said
+
+
 def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(recipe):
     text = GOOD.replace("rank: 8", "rank: x").replace("zreward", "nothing").replace("steps: 10", "stepz: 1")
     said = mistakes_of(recipe(text), "checkpoint.evry=3")
@@ -391,7 +461,7 @@ def test_a_local_pipeline_of_no_family_is_refused(recipe, tmp_path):
     local_pipeline(tmp_path / "strange", "KolorsPipeline")
     said = mistakes_of(recipe(), "pipeline.model=./strange")
     assert "is a KolorsPipeline, which no family recognises" in said
-    assert "z_image" in said and "generic runs any text-to-image pipeline as a whole" in said
+    assert "z_image" in said and "write pipeline.family: generic" in said
     (tmp_path / "strange" / "model_index.json").write_text("{")
     assert "cannot be read" in mistakes_of(recipe(), "pipeline.model=./strange")
 
@@ -453,6 +523,8 @@ SECTIONS = st.sampled_from(
         "train",
         "compare",
         "samples",
+        "guard",
+        "regularise",
         "scorer",
     ]
 )
