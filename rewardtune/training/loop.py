@@ -122,7 +122,9 @@ def train(
     with _out_of_memory(), Progress(total=train.steps, done=state.step) as progress:
         if state.step % sample_every == 0:
             _samples(task, state, loop, again=False)
-        ended = _guarded(task, state, loop, last=train.steps)[1]
+        seen, ended = _guarded(task, state, loop, last=train.steps)
+        if seen and loop.trackers is not None:
+            loop.trackers.log(seen, step=state.step)  # the start has no line of metrics.jsonl
         while state.step < last and not ended:
             values, signal, problem = _step(task, state, train=train, share=share, loop=loop)
             if not signal:

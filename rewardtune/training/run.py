@@ -266,7 +266,8 @@ def _run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any, run_i
         )
     try:
         state = _train(loaded, task, folder=folder, where=where, stop=stop, trackers=trackers, guard=guard)
-        facts: dict[str, Any] = {"step": state.step, "skipped": state.skipped, "evaluation": {}}
+        last = state.step
+        facts: dict[str, Any] = {"step": last, "skipped": state.skipped, "evaluation": {}}
         _take_back(guard, state, facts)
         with stop.leaving_at_once():
             if where.main or state.shards:
@@ -284,9 +285,9 @@ def _run(loaded: LoadedRecipe, *, folder: Path, where: Runtime, stop: Any, run_i
                 with averaged:
                     _export(task.export, folder / "export", run_folder.provenance(folder, step=facts["step"]))
                 _mark_finished(folder, facts)
-        if trackers is not None and facts["evaluation"]:
-            named = {f"evaluation/{name}": value for name, value in facts["evaluation"].items()}
-            trackers.log(named, step=facts["step"])
+        if trackers is not None:
+            # at the last step, also where an earlier one is exported: wandb drops what comes after a later step
+            trackers.log(_outcome(facts), step=last)
     finally:
         if trackers is not None:
             trackers.finish()
@@ -300,6 +301,14 @@ def _evaluate(task: Task, state: State, where: Runtime) -> dict[str, float]:
 
     with evaluating(task, state, where):
         return dict(task.evaluate())
+
+
+def _outcome(facts: dict[str, Any]) -> dict[str, Any]:
+    """What finished.json says of the evaluation and the guard's choice, for the trackers' summaries."""
+    said = {f"evaluation/{name}": value for name, value in facts["evaluation"].items()}
+    for name, value in facts.get("guard", {}).items():
+        said[f"guard/{name}"] = "; ".join(value) or "none" if isinstance(value, list) else value
+    return said
 
 
 def _mark_finished(folder: Path, facts: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,7 @@ def pipeline(tmp_path_factory):
     return folder
 
 
-def recipe(root: Path, folder: Path, *, steps: int = 8, **guard):
+def recipe(root: Path, folder: Path, *, steps: int = 8, track=None, **guard):
     """DRaFT towards red at a rate that overshoots; the held-out reward wants a little more red only."""
     prompts = str(root / "prompts.txt")
     document = {
@@ -87,7 +88,7 @@ def recipe(root: Path, folder: Path, *, steps: int = 8, **guard):
         "data": {"prompts": prompts}, "rollout": {"steps": 2, "guidance": "off"},
         "gradient": {"method": "draft", "last_steps": 1}, "rewards": [{"name": "redness"}],
         "optimizer": {"lr": 0.05}, "train": {"steps": steps, "batch_size": 2, "device": "cpu"},
-        "checkpoint": {"every": 3, "keep": 2}, "samples": {"steps": 2},
+        "checkpoint": {"every": 3, "keep": 2}, "samples": {"steps": 2}, "track": track or {},
         "guard": {"prompts": prompts, "seeds": 2, "rewards": [{"name": "evenness"}], "every": 2, "patience": 1,
                   "min_diversity": None, "steps": 2, "guidance_scale": 0.0} | guard,
     }  # fmt: skip
@@ -136,6 +137,56 @@ def test_warn_trains_on_and_stop_keeps_the_last_step(pipeline, tmp_path, capsys)
     found = json.loads((stopped / "finished.json").read_text())
     assert found["step"] == found["guard"]["exported_step"] == found["guard"]["last_step"] < 8
     assert not list((stopped / "guard").glob("best-*"))
+
+
+def test_trackers_get_every_look_and_the_choice(pipeline, tmp_path):
+    """From the files that wandb and TensorBoard wrote themselves."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    asked = {"wandb": "offline", "tensorboard": True}
+    folder = run.train_recipe(recipe(pipeline, tmp_path, track=asked), out=tmp_path / "run")
+    found = json.loads((folder / "finished.json").read_text())["guard"]
+    assert found["exported_step"] < found["last_step"]  # rolled back, so that what is said last is of an earlier step
+    looks = read_looks(folder / "guard")
+    (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    history = {step: values for step, values in wandb_history(file) if "guard/score" in values}
+    assert list(history) == [look.step for look in looks]
+    for look in looks:
+        assert history[look.step]["guard/evenness"] == pytest.approx(float(np.mean(look.values["evenness"])), abs=1e-5)
+    last = history[found["last_step"]]
+    wanted = {f"guard/{name}": value for name, value in found.items() if name != "reasons"}
+    assert wanted["guard/exported_step"] == found["best_step"] and {name: last[name] for name in wanted} == wanted
+    assert last["guard/reasons"] == found["reasons"][0]
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("guard/score")] == [look.step for look in looks]
+    assert [(e.step, e.value) for e in events.Scalars("guard/exported_step")] == [
+        (found["last_step"], found["exported_step"])
+    ]
+    assert found["reasons"][0].encode() in events.Tensors("guard/reasons/text_summary")[0].tensor_proto.string_val[0]
+
+
+def wandb_history(file: Path):
+    """(step, values) of each row in a .wandb file: LevelDB's log format, the records wandb's own messages."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, record = file.read_bytes(), 7, b""
+    while at < len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        size, kind = struct.unpack_from("<4xHB", data, at)
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part of one
+            message = wandb_internal_pb2.Record.FromString(record)
+            record = b""
+            if message.HasField("history"):
+                row = message.history
+                yield (
+                    row.step.num,
+                    {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in row.item},
+                )
 
 
 @pytest.mark.parametrize("until", [1, 2, 3, 4])
