@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
+import tiny
 import torch
 from test_direct_reward import Redness, build
 
 from rewardtune.build import build_term
 from rewardtune.errors import RecipeError
-from rewardtune.plugins import RewardCard
+from rewardtune.plugins import Guidance, RewardCard
 from rewardtune.recipe.file import load_recipe
 from rewardtune.scoring.mixing import Mixing
 from rewardtune.scoring.reward_set import Relative, RewardSet, Term
@@ -110,19 +113,67 @@ def test_a_relative_reward_is_the_difference_under_two_phrases():
     assert torch.allclose(value, images.mean((1, 2, 3)) * lengths)
 
 
-def test_the_pull_to_the_start_is_zero_there_and_grows_with_the_adapters():
-    task = build(*DRAFT, velocity=2.0)
-    _, metrics = slope(task)
-    assert metrics["velocity"] == 0.0
+@pytest.mark.parametrize("guidance", [Guidance("off"), Guidance("detached-negative", 2.0)], ids=lambda g: g.mode)
+def test_the_pull_to_the_start_is_the_mean_squared_distance_to_a_model_without_adapters(guidance):
+    """Written out on a second, untouched pipeline and by the transformer alone; the way back by the chain rule."""
+    task = build(*DRAFT, velocity=0.7)
+    task.guidance = guidance
+    assert slope(task)[1]["velocity"] == 0.0  # adapters start without effect
+    transformer, other = task.trainable["transformer"], tiny.z_image()
     with torch.no_grad():
-        for name, parameter in task.trainable["transformer"].named_parameters():
+        for name, parameter in transformer.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    parameters = [p for p in transformer.parameters() if p.requires_grad]
+    batch, scale = task.batch(0, range(3)), guidance.scale if guidance.mode != "off" else 0.0
+    positive, negative = other.encode_prompt([str(p) for p in batch.prompts], do_classifier_free_guidance=True)
+
+    def velocity(model, latents, time):
+        """Towards the noise, as the scheduler has it; the negative prompt's part carries no gradient."""
+        images = list(latents.unsqueeze(2))
+        towards = torch.stack(model(images, (1 - time).expand(3), positive, return_dict=False)[0]).squeeze(2)
+        if scale:
+            with torch.no_grad():
+                away = torch.stack(model(images, (1 - time).expand(3), negative, return_dict=False)[0]).squeeze(2)
+            towards = towards + scale * (towards - away)
+        return -towards
+
+    sigmas = task.pipeline.timesteps(4, (16, 16))[0].sigmas
+    latents, wanted = batch.noise, []
+    for start, end in pairwise(sigmas):
+        with torch.no_grad():
+            frozen = velocity(other.transformer, latents, start)
+        trained = velocity(transformer, latents, start)
+        apart = trained.detach() - frozen
+        value = float((apart * apart).sum()) / apart.numel()
+        pull = torch.autograd.grad(trained, parameters, 2 * apart / apart.numel(), allow_unused=True)
+        wanted.append((value, torch.cat([g.flatten() for g in pull if g is not None])))
+        latents = latents + (end - start) * trained.detach()
     pulled, metrics = slope(task)
-    assert metrics["velocity"] > 0
     task.velocity = 0.0
-    plain, _ = slope(task)
-    assert (pulled - plain).norm() > 1e-3 * plain.norm()
+    plain, without = slope(task)
+    near = [i for i, (value, _) in enumerate(wanted) if metrics["velocity"] == pytest.approx(value, rel=1e-4)]
+    assert len(near) == 1, "one step of the roll-out"
+    value, pull = wanted[near[0]]
+    assert metrics["loss"] - without["loss"] == pytest.approx(0.7 * value, rel=1e-3)
+    assert (pulled - plain - 0.7 * pull).norm() <= 1e-3 * 0.7 * pull.norm()
+    assert 0.7 * pull.norm() > 1e-2 * plain.norm(), "too small a share of the gradient to be judged by the difference"
+
+
+def test_the_pull_to_the_start_visits_other_steps_from_batch_to_batch():
+    task = build(*DRAFT, velocity=1.0)
+    seen = set()
+
+    def record(chain, step):
+        predict = chain.predict
+        chain.predict = lambda i, latents: seen.add(i) or predict(i, latents)
+        return torch.zeros(())
+
+    distance = task._distance
+    task._distance = lambda chain, step: record(chain, step) + distance(chain, step)
+    for step in range(8):
+        task.step(task.batch(step, [0]))
+    assert len(seen) > 1 and seen <= set(range(4))
 
 
 def test_sft_beside_the_reward_adds_its_weighted_loss(tmp_path):
