@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import Field
 
 from rewardtune.data.references import version
 from rewardtune.plugins import Options, RewardCard
@@ -50,7 +52,13 @@ class ZReward:
         revision: str | None = None
         """Commit, tag or branch of a hub id."""
         rubric: str | None = None
-        """A rubric.json to use instead of the checkpoint's own."""
+        """A rubric.json for a checkpoint without one, or the checkpoint's own with another temperature; one whose
+        dimensions, levels or prompts it was not trained with is refused."""
+        min_pixels: Annotated[int, Field(gt=0)] | None = None
+        """Least area of a picture after resizing; the checkpoint's own when left out."""
+        max_pixels: Annotated[int, Field(gt=0)] | None = None
+        """Most area of a picture after resizing, and so the budget of image tokens. Left out: what the scorer was
+        trained with; 1,024 tokens at most (ours) for a checkpoint that was not trained here."""
         dtype: Literal["float32", "bfloat16"] = "float32"
         """Dtype of the weights; probabilities are float32 in either case."""
         rounding: bool = False
@@ -80,7 +88,8 @@ class ZReward:
 
         scorer = load_scorer(
             config.checkpoint, what=f"reward {cls.card.name!r}: checkpoint", revision=config.revision,
-            rubric=config.rubric, dtype=getattr(torch, config.dtype), device=device,
+            rubric=config.rubric, min_pixels=config.min_pixels, max_pixels=config.max_pixels,
+            dtype=getattr(torch, config.dtype), device=device,
         )  # fmt: skip
         freeze(scorer.model, gradient_checkpointing=config.gradient_checkpointing)
         scorer = replace(scorer, geometry=replace(scorer.geometry, rounding=config.rounding))

@@ -288,6 +288,9 @@ def evaluate(
     names = [name for name in ("hpa", "margin_hpa", "near_hpa", "plcc", "srcc", "ece") if name in document]
     parts = {"pooled": document, **document.get("dimensions", {})}
     show_table(["", *names], [[part, *(_figure(numbers, name) for name in names)] for part, numbers in parts.items()])
+    if reasoning:
+        ended, empty = document["trace_ended"], document["trace_empty"]
+        print(f"traces: {ended:.1%} ended by the scorer itself, the others cut off; {empty:.1%} empty; all are read")
 
 
 def _figure(numbers: dict[str, Any], name: str) -> str:

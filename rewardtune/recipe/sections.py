@@ -133,14 +133,32 @@ class RegulariseSection(Section):
     sft: MixedSftSection | None = None
 
 
-class ScorerSection(Section):
+class SeenSection(Section):
+    """How large a vision-language model sees pictures."""
+
+    min_pixels: Positive | None = None
+    """Least area of a picture; smaller ones are made larger, their shape kept. The checkpoint's own when left out."""
+    max_pixels: Positive | None = None
+    """Most area of a picture; larger ones are made smaller, their shape kept. This is the budget of image tokens: in
+    Qwen3.5 one stands for 32 x 32 pixels, so that 1048576 are 1,024 tokens. Left out: what the checkpoint was trained
+    with here, which its export keeps; of other checkpoints their own, at most 1,024 tokens (ours)."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        return self
+
+
+class ScorerSection(SeenSection):
     """The vision-language model that becomes a reward."""
 
     model: str
     """Hub id, local folder, a scorer's export, or `pocket:scorer-base`."""
     revision: str | None = None
     rubric: str | None = None
-    """`rubric.json`; the checkpoint's own, or the shipped one, when left out."""
+    """`rubric.json`; the checkpoint's own, or the shipped one, when left out. May be another than the checkpoint's own:
+    training makes it fit."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights; what is trained is float32 in either case."""
     lora: LoraSection | None = None
@@ -161,7 +179,7 @@ class ServerSection(Section):
     """Requests under way at once."""
 
 
-class TeacherSection(Section):
+class TeacherSection(SeenSection):
     """The frozen scorer that a student learns from."""
 
     model: str
@@ -170,7 +188,8 @@ class TeacherSection(Section):
     """Where the teacher runs; in this process when left out."""
     revision: str | None = None
     rubric: str | None = None
-    """`rubric.json`; the checkpoint's own, or the shipped one, when left out."""
+    """`rubric.json`; the checkpoint's own, or the shipped one, when left out. Its dimensions and the values of its
+    levels must be the student's; its prompts and tokens need not be."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of its weights, where it runs in this process."""
     traces: Annotated[int, Field(ge=0)] = 1
@@ -181,7 +200,8 @@ class TeacherSection(Section):
     cache: str | None = None
     """Folder in which the judgements are kept: drawn once, continued after an interruption. Left out: drawn live."""
     batch_size: Positive = 8
-    """Pictures that are judged at a time while the cache is filled (ours)."""
+    """Pictures that are judged at a time while the cache is filled (ours). In this process their traces are written
+    together, and an interruption loses them; what a server answers is kept picture by picture."""
 
     @model_validator(mode="after")
     def _fits(self) -> TeacherSection:
@@ -190,6 +210,10 @@ class TeacherSection(Section):
         if self.server is not None and self.cache is None:
             raise ValueError("a teacher on a server needs `cache`, a folder for its judgements: drawn live, every "
                              "optimiser step would wait for the network")  # fmt: skip
+        if self.server is not None and (self.min_pixels is not None or self.max_pixels is not None):
+            raise ValueError("a server cuts pictures itself, by the preprocessor_config.json of what it serves, where "
+                             "an export keeps its bounds; leave min_pixels and max_pixels out, or set them there with "
+                             "--mm-processor-kwargs")  # fmt: skip
         return self
 
 

@@ -16,13 +16,18 @@ import torch
 
 from rewardtune.data.images import read_tensors
 from rewardtune.data.records import PreferenceGroup, read_records
+from rewardtune.data.skipped import Skipped
 from rewardtune.errors import DataError
 from rewardtune.progress import Progress
 from rewardtune.scorer.losses import histogram_target, two_hot_target
 from rewardtune.scorer.model import Scorer, load_scorer
-from rewardtune.scorer.reasoning import load_reasoner
+from rewardtune.scorer.reasoning import Trace, load_reasoner
+from rewardtune.scorer.targets import say_what_is_left_out
 from rewardtune.scoring.agreement import RESAMPLES, Array, Ratings, flat, measure
 from rewardtune.scoring.score import best_device
+
+TRACES = ("trace_ended", "trace_empty")
+"""Figures of traces that tell whether a model reasons at all, and comes to an end."""
 
 
 def evaluate_scorer(
@@ -62,7 +67,7 @@ def evaluate_groups(
     """Score every rated or compared picture of the groups and measure; see `measure`. reasoning: traces per score."""
     places = [(g, i) for g, group in enumerate(groups) for i in range(len(group.images))]
     started = time.perf_counter()
-    predicted, tokens = predict(scorer, groups, batch_size=batch_size, reasoning=reasoning)
+    predicted, said = _predicted(scorer, groups, batch_size=batch_size, reasoning=reasoning)
     seconds = time.perf_counter() - started
     ratings = beside_people(scorer, groups, predicted)
     document = measure(ratings, scorer.dimensions, resamples=resamples)
@@ -70,7 +75,7 @@ def evaluate_groups(
     return {
         **document,
         **({"preference_accuracy": stated[0] / stated[1], "preferences": stated[1]} if stated[1] else {}),
-        "tokens_per_score": round(tokens, 2),
+        **said,
         "images_per_second": round(len(places) / seconds, 2),
         "groups": len(groups),
         "images": len(places),
@@ -79,19 +84,20 @@ def evaluate_groups(
 
 @torch.no_grad()
 def held_out_figures(scorer: Scorer, groups: Sequence[PreferenceGroup], *, reasoning: int = 0) -> dict[str, float]:
-    """What a task that trains a scorer says of it at the end: `flat` figures without intervals, none without groups."""
-    return flat(evaluate_groups(scorer, groups, resamples=0, reasoning=reasoning)) if groups else {}
+    """What a task that trains a scorer says of it at the end: `flat` figures without intervals, and what became of the
+    traces; none without groups."""
+    if not groups:
+        return {}
+    document = evaluate_groups(scorer, groups, resamples=0, reasoning=reasoning)
+    return {**flat(document), **{name: document[name] for name in TRACES if name in document}}
 
 
 def predict(
     scorer: Scorer, groups: Sequence[PreferenceGroup], *, batch_size: int = 32, reasoning: int = 0
 ) -> tuple[Array, float]:
     """(N, D, K) probabilities for every picture of the groups, in their order, and the tokens that a score took."""
-    pictures = [(image.image, group.prompt) for group in groups for image in group.images]
-    if reasoning:
-        return _reason(scorer, pictures, batch_size, traces=reasoning)
-    # one level token per score; all dimensions are read in one forward pass
-    return _one_pass(scorer, pictures, batch_size), 1.0
+    predicted, said = _predicted(scorer, groups, batch_size=batch_size, reasoning=reasoning)
+    return predicted, said["tokens_per_score"]
 
 
 def beside_people(scorer: Scorer, groups: Sequence[PreferenceGroup], predicted: Array) -> Ratings:
@@ -108,6 +114,17 @@ def beside_people(scorer: Scorer, groups: Sequence[PreferenceGroup], predicted: 
 # -------------------------------------------------------------------------------------------------------- predictions
 
 
+def _predicted(
+    scorer: Scorer, groups: Sequence[PreferenceGroup], *, batch_size: int, reasoning: int
+) -> tuple[Array, dict[str, float]]:
+    """(N, D, K) probabilities, and numbers about what was written for them."""
+    pictures = [(image.image, group.prompt) for group in groups for image in group.images]
+    if reasoning:
+        return _reason(scorer, pictures, batch_size, traces=reasoning)
+    # one level token per score; all dimensions are read in one forward pass
+    return _one_pass(scorer, pictures, batch_size), {"tokens_per_score": 1.0}
+
+
 @torch.no_grad()
 def _one_pass(scorer: Scorer, pictures: Sequence[tuple[Path, str]], batch_size: int) -> Array:
     """(N, D, K) probabilities."""
@@ -122,11 +139,13 @@ def _one_pass(scorer: Scorer, pictures: Sequence[tuple[Path, str]], batch_size: 
 @torch.no_grad()
 def _reason(
     scorer: Scorer, pictures: Sequence[tuple[Path, str]], batch_size: int, *, traces: int
-) -> tuple[Array, float]:
-    """(N, D, K) mean probabilities over sampled traces, and how many tokens a score took."""
+) -> tuple[Array, dict[str, float]]:
+    """(N, D, K) mean probabilities over sampled traces, how many tokens a score took, and the shares of the traces that
+    are empty and that the model closed itself."""
     reasoner = load_reasoner(scorer)
     progress = Progress("reasoning about images", len(pictures))
-    parts, said = [], 0
+    parts: list[torch.Tensor] = []
+    written: list[Trace] = []
     for start in range(0, len(pictures), batch_size):
         batch = pictures[start : start + batch_size]
         images = read_tensors((path for path, _ in batch), device=scorer.device)
@@ -135,9 +154,12 @@ def _reason(
             stream=(0, "evaluate"), places=range(start, start + len(batch)),
         )  # fmt: skip
         parts.append(shares.mean(2).double().cpu())
-        said += sum(len(trace.ids) + 1 for trace in sampled)
+        written += sampled
         progress.advance(len(batch))
-    return np.asarray(torch.cat(parts)), said / (len(pictures) * len(scorer.dimensions))
+    found = reasoner.figures(written)
+    # a score takes all its traces, each with the level behind it
+    figures = {"tokens_per_score": round(traces * (found["trace_tokens"] + 1), 2)}
+    return np.asarray(torch.cat(parts)), figures | {name: round(found[name], 4) for name in TRACES}
 
 
 def _ratings(
@@ -145,10 +167,13 @@ def _ratings(
 ) -> Ratings:
     levels = torch.tensor(scorer.rubric.values, dtype=torch.float64)
     rows: list[tuple[float, ...]] = []
+    left = Skipped()
     for n, (g, i) in enumerate(places):
         image = groups[g].images[i]
         for d, name in enumerate(scorer.dimensions):
             if name not in image.scores:
+                if image.scores:
+                    left.add(f"scores in {name} that are not there", f"group {groups[g].id}: {image.image.name}")
                 continue
             each = [a[name] for a in image.annotations if name in a]
             human = torch.tensor(each or [image.scores[name]], dtype=torch.float64)
@@ -157,6 +182,7 @@ def _ratings(
             best = int(p.argmax())
             expected = float(p @ np.asarray(levels))
             rows.append((g, n, d, image.scores[name], expected, float(p[best]), float(mass[best])))
+    say_what_is_left_out(f"{len(rows):,} scores to compare with", left)
     table = np.array(rows, dtype=np.float64).reshape(-1, 7)
     whole = table[:, :3].astype(np.int64)
     return Ratings(whole[:, 0], whole[:, 1], whole[:, 2], *table[:, 3:].T)

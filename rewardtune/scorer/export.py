@@ -15,7 +15,7 @@ from torch import nn
 from rewardtune.data.images import read_tensors
 from rewardtune.diffusion import lora
 from rewardtune.errors import CheckFailed
-from rewardtune.scorer.model import Scorer, load_scorer, save_scorer
+from rewardtune.scorer.model import FACTS, Scorer, load_scorer, save_scorer
 from rewardtune.scoring.objective import expectation
 
 LARGE = 2_000_000_000
@@ -67,7 +67,8 @@ def export_scorer(
     """
     written = replace(scorer, model=_plain_copy(scorer))
     save_scorer(written, folder)
-    facts = {**provenance, "base": base, "dtype": str(scorer.stored_dtype).removeprefix("torch.")}
+    facts = {**provenance, "base": base, "dtype": str(scorer.stored_dtype).removeprefix("torch."),
+             "rubric": scorer.rubric.model_dump_json()}  # fmt: skip
     _stamp(folder, facts)
     images = read_tensors((path for path, _ in probe), device="cpu")
     prompts = [prompt for _, prompt in probe]
@@ -135,7 +136,7 @@ def _stamp(folder: Path, facts: Mapping[str, str]) -> None:
         with safe_open(file, framework="pt") as handle:
             metadata = handle.metadata() or {}
         save_file(load_file(file), file, metadata={**metadata, **{f"rewardtune.{k}": str(v) for k, v in facts.items()}})
-    (folder / "rewardtune.json").write_text(json.dumps(dict(sorted(facts.items())), indent=1) + "\n")
+    (folder / FACTS).write_text(json.dumps(dict(sorted(facts.items())), indent=1) + "\n")
 
 
 def _card(facts: Mapping[str, str], *, use: str, rounding: float) -> str:
@@ -146,8 +147,8 @@ def _card(facts: Mapping[str, str], *, use: str, rounding: float) -> str:
     }  # fmt: skip
     if not facts["base"].startswith("pocket:") and not Path(facts["base"]).expanduser().exists():
         front["base_model"] = facts["base"]
-    # the whole recipe is in rewardtune.json, and no line of a table
-    table = "\n".join(f"| {k} | `{v}` |" for k, v in sorted(facts.items()) if k != "recipe")
+    # the whole recipe and rubric are in rewardtune.json, and no line of a table
+    table = "\n".join(f"| {k} | `{v}` |" for k, v in sorted(facts.items()) if k not in ("recipe", "rubric"))
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n\n# {facts.get('name', 'scorer')}\n\n"
         f"{use}\n\n"

@@ -7,6 +7,8 @@ transformers' `AutoModelForImageTextToText` loads.
 from __future__ import annotations
 
 import copy
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,12 @@ from torch import Tensor, nn
 from rewardtune.backbones.weights import check_all_there
 from rewardtune.data.references import resolve, why_not_loaded
 from rewardtune.errors import DataError, RecipeError
-from rewardtune.scorer.patches import Geometry, patchify, read_geometry
-from rewardtune.scorer.rubric import FILE, Frame, Reading, Rubric, load_rubric, reading, save_rubric
+from rewardtune.scorer.patches import Geometry, bounded, patchify, read_geometry
+from rewardtune.scorer.rubric import FILE, Frame, Reading, Rubric, differences, load_rubric, reading, save_rubric
+from rewardtune.training import runtime
+
+FACTS = "rewardtune.json"
+"""What an export says of its training; a folder that has it holds a trained scorer."""
 
 
 @dataclass(frozen=True)
@@ -216,26 +222,71 @@ def load_scorer(
     what: str = "scorer",
     revision: str | None = None,
     rubric: str | Path | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    to_train: bool = False,
 ) -> Scorer:
     """A scorer from a folder, an export, `pocket:<name>` or a hub id; frozen, in eval mode.
 
     what: who asks for it, for messages. rubric: a file; the checkpoint's own `rubric.json` when None, and the shipped
-    one where it has none. Raises RecipeError: no such model, not an image-text model, weights that are damaged or
-    another model's, or levels that are not single tokens.
+    one where it has none. min_pixels, max_pixels: bounds of a picture's area, see `patches.bounded`. to_train: it will
+    be trained with the rubric, which may then be another one than its own.
+
+    Raises RecipeError: no such model, not an image-text model, weights that are damaged or another model's, levels that
+    are not single tokens, or a rubric that is not the one that the checkpoint was trained with.
     """
+    folder = _files(resolve(str(reference)), revision)
+    chosen = _rubric(folder, rubric, who=f"{what} {str(reference)!r}", to_train=to_train)
     loaded = load_model(reference, what=what, revision=revision, dtype=dtype, device=device)
-    own = loaded.folder is not None and (loaded.folder / FILE).is_file()
-    chosen = load_rubric(rubric if rubric is not None else loaded.folder if own else None)
+    trained = folder is not None and (folder / FACTS).is_file()
     return Scorer(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
         rubric=chosen,
         reading=reading(chosen, loaded.tokenizer),
-        geometry=loaded.geometry,
+        geometry=bounded(
+            loaded.geometry, min_pixels=min_pixels, max_pixels=max_pixels, trained=trained,
+            who=f"{what} {str(reference)!r}",
+        ),
         stored_dtype=loaded.stored_dtype,
-    )
+    )  # fmt: skip
+
+
+def _rubric(folder: Path | None, given: str | Path | None, *, who: str, to_train: bool) -> Rubric:
+    """The rubric to read a checkpoint with. One that comes with a rubric of its own is read with that one: under
+    another, the token that it learned for 1.5 might pass for 2, and nothing would show it. Training makes it fit."""
+    own = load_rubric(folder) if folder is not None and (folder / FILE).is_file() else None
+    chosen = load_rubric(given) if given is not None else own or load_rubric()
+    trained = _trained_with(folder) or own
+    odd = differences(trained, chosen) if trained is not None else []
+    if odd and to_train and runtime.process()[0] == 0:
+        print(f"{who} comes with another rubric: {'; '.join(odd)} differ. Training makes it fit the new one; its "
+              "scores before that mean little.", file=sys.stderr)  # fmt: skip
+    if odd and not to_train:
+        file = given if given is not None else (folder / FILE if folder is not None else FILE)
+        raise RecipeError(
+            f"{who} is to be read with {file}, and was made for another rubric: {'; '.join(odd)} differ. Use the "
+            "checkpoint's own (leave `rubric` out and its rubric.json as it was written), or train it with the new "
+            "one: scorer.rubric in a recipe whose task is reward_sft, reward_gdso, reward_risd, ..."
+        )
+    return chosen
+
+
+def _trained_with(folder: Path | None) -> Rubric | None:
+    """The rubric that an export was trained with, which its rubric.json may be no longer; None in exports from before
+    it was written down."""
+    if folder is None or not (folder / FACTS).is_file():
+        return None
+    try:
+        written = json.loads((folder / FACTS).read_text(encoding="utf-8")).get("rubric")
+        return Rubric.model_validate_json(written) if written else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise RecipeError(
+            f"{folder / FACTS} is damaged ({str(error).splitlines()[0]}), so it does not say what the scorer was "
+            "trained with. Export the run again, or fetch the folder again."
+        ) from None
 
 
 def save_scorer(scorer: Scorer, folder: Path) -> None:
@@ -266,7 +317,7 @@ def _files(path: str, revision: str | None) -> Path | None:
     from huggingface_hub.errors import HfHubHTTPError
 
     found = None
-    for name in (FILE, "preprocessor_config.json"):
+    for name in (FILE, FACTS, "preprocessor_config.json"):
         try:
             found = Path(hf_hub_download(path, name, revision=revision)).parent
         except (HfHubHTTPError, OSError):

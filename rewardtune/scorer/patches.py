@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,18 @@ import torch
 from torch import Tensor
 
 from rewardtune.data.images import as_bytes, resize
-from rewardtune.errors import DataError
+from rewardtune.errors import DataError, RecipeError
 
 FILE = "preprocessor_config.json"
+IMAGE_TOKENS = 1024
+"""Most image tokens of a picture where neither a recipe nor a trained scorer's own file bounds them (ours): 1024 x 1024
+pixels in Qwen3-VL and Qwen3.5, whose own files allow sixteen times as many. The paper counts 1,024 tokens a picture in
+one estimate and says no more."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a checkpoint cuts pictures: all of it is read from its files.
+    """How a checkpoint cuts pictures: read from its files, and bounded by who uses it (`bounded`).
 
     patch, merge: side of a patch in pixels, and of the square of patches that becomes one image token.
     temporal: frames of a patch; a still picture is repeated. mean, std: per channel. min_pixels, max_pixels: bounds of
@@ -54,6 +58,30 @@ class Geometry:
     def tokens(self, height: int, width: int) -> int:
         """Image tokens of a picture that has been resized."""
         return (height // (self.patch * self.merge)) * (width // (self.patch * self.merge))
+
+
+def bounded(geometry: Geometry, *, min_pixels: int | None, max_pixels: int | None, trained: bool, who: str) -> Geometry:
+    """A checkpoint's geometry with the bounds that a recipe gives, and its own where they are None.
+
+    trained: the checkpoint's own bounds are those that it was trained with, and hold as they are; those of others end
+    at `IMAGE_TOKENS`. A bound that is given moves the other along where that is not. who: for messages. Raises
+    RecipeError for bounds that no picture meets.
+    """
+    token = (geometry.patch * geometry.merge) ** 2
+    high = geometry.max_pixels if trained else min(geometry.max_pixels, IMAGE_TOKENS * token)
+    low = min(geometry.min_pixels, high)
+    if max_pixels is not None:
+        high, low = max_pixels, min(low, max_pixels)
+    if min_pixels is not None:
+        low, high = min_pixels, high if max_pixels is not None else max(high, min_pixels)
+    if low > high:
+        raise RecipeError(f"{who}: min_pixels {low:,} is above max_pixels {high:,}; swap them, or leave one out.")
+    if high < token:
+        raise RecipeError(
+            f"{who}: max_pixels {high:,} is less than one image token, which takes {token:,} pixels in this model. "
+            f"Give {token:,} times the tokens that a picture may take."
+        )
+    return replace(geometry, min_pixels=low, max_pixels=high)
 
 
 def read_geometry(vision_config: Any, folder: str | Path | None) -> Geometry:

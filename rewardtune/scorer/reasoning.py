@@ -1,8 +1,14 @@
 """Reasoning before scoring: sample traces, close them, and read the level distribution behind each.
 
 A judgement is about one dimension (Z-Reward, arXiv 2606.09076, Eq. 1): trace, fixed closing text and score prefix,
-and the closed-set softmax at the next position. Every trace is closed, whether the model came to an end or was cut off,
-so a distribution exists for every sample. The tasks that train teachers use this, `evaluate`, and the trace cache.
+and the closed-set softmax at the next position. The tasks that train teachers use this, `evaluate`, and the trace
+cache.
+
+Every trace is closed, whether the model came to an end or was cut off, so a distribution exists for every sample: also
+for an empty one, where the model had nothing to say. That is a draw from its judgements like any other (ours; the
+paper says nothing of it). Left out, it would bend the mean over traces that a student learns (Eq. 15), and keep from
+GDSO what the policy gradient is to discourage. A served teacher's are treated alike (`server.py`). Empty traces and
+those that were cut off are counted and reported wherever some are drawn.
 """
 
 from __future__ import annotations
@@ -82,6 +88,20 @@ class Reasoner:
         """A trace as text."""
         words: str = self.scorer.tokenizer.decode(list(trace.ids), skip_special_tokens=False)
         return words.strip()
+
+    def figures(self, traces: Sequence[Trace]) -> dict[str, float]:
+        """Numbers to log about traces: tokens on average, the share that the model closed itself, and the share that is
+        empty but for white space, of which Qwen's models write a line break before they close."""
+        count = len(traces)
+        return {
+            "trace_tokens": sum(len(trace.ids) for trace in traces) / count,
+            "trace_ended": sum(trace.ended for trace in traces) / count,
+            "trace_empty": sum(not self._says(trace) for trace in traces) / count,
+        }
+
+    def _says(self, trace: Trace) -> bool:
+        # token by token: nearly every trace says something with its first
+        return any(self.scorer.tokenizer.decode([token]).strip() for token in trace.ids)
 
     @torch.no_grad()
     def sample(

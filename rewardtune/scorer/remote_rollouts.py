@@ -10,6 +10,7 @@ that another prompt would be trained than was asked. `/v1/completions` takes no 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardtune.data.images import data_url, to_pil
+from rewardtune.data.images import data_url, resize, to_pil
+from rewardtune.data.rows import short
+from rewardtune.data.skipped import Skipped
 from rewardtune.errors import RecipeError
 from rewardtune.randomness import key
 from rewardtune.scorer import served_adapter
@@ -90,8 +93,10 @@ class RemoteSampler:
         if self.loaded is None or self.loaded[0] != step:
             self.loaded = (step, served_adapter.load(line, reasoner.scorer.model, self.adapters, step=step))
         cut = reasoner.scorer.geometry
-        counts = [cut.tokens(*cut.fit(*image.shape[-2:])) for image in images]
-        pictures = [data_url(to_pil(image[None])[0]) for image in images]
+        sizes = [cut.fit(*image.shape[-2:]) for image in images]
+        counts = [cut.tokens(*size) for size in sizes]
+        # in the size in which they are read here: the server, whose bounds are the checkpoint's own, leaves them so
+        pictures = [data_url(to_pil(resize(image[None], size))[0]) for image, size in zip(images, sizes, strict=True)]
         rows = (
             # 31 bits, as in `server.py`
             _Row(pictures[q.image], self._prompt(q, 1), self._prompt(q, counts[q.image]), key(*one) % 2**31)
@@ -103,6 +108,14 @@ class RemoteSampler:
             share=LOST_SHARE, noun="traces",
             hint="Look at the server's log, or raise objective.rollouts.server.retries.",
         )  # fmt: skip
+        lost = Skipped()
+        for question, one in zip(questions, found, strict=True):
+            if isinstance(one, Unscorable):
+                name = reasoner.scorer.dimensions[question.dimension]
+                lost.add(f"because {one.reason}", f"{short(question.prompt)} in {name}")
+        if lost:
+            what = f"{self.url}: {lost.total} of {len(found)} traces of step {step} are lost, and their pairs left out:"
+            print("\n  ".join([what, *lost.lines()]), file=sys.stderr)
         return [None if isinstance(one, Unscorable) else one for one in found]
 
     def _prompt(self, question: Question, count: int) -> list[int]:
@@ -184,7 +197,8 @@ class RemoteSampler:
             raise RecipeError(
                 f"{self.url} makes {theirs} tokens of a picture of which this process makes {ours}: the two resize it "
                 "differently. Serve the checkpoint that scorer.model names, with its own preprocessor_config.json and "
-                "without --mm-processor-kwargs; a vLLM before 0.33 may not take pictures beside token ids at all."
+                "without --mm-processor-kwargs, and keep scorer.min_pixels and max_pixels within that file's bounds; a "
+                "vLLM before 0.33 may not take pictures beside token ids at all."
             )
         place = next((k for k, (a, b) in enumerate(zip(read, sent, strict=False)) if a != b), min(len(read), len(sent)))
         raise RecipeError(

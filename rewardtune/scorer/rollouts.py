@@ -120,13 +120,10 @@ def roll_out(
     return RollOut(list(pairs), images, questions, traces, drawn, **fixed)
 
 
-def figures(batch: RollOut, means: Tensor) -> dict[str, float]:
+def figures(reasoner: Reasoner, batch: RollOut, means: Tensor) -> dict[str, float]:
     """Numbers to log about judgements with expected scores (P, 2, G)."""
-    lengths = [len(trace.ids) for trace in batch.traces]
     out = {
-        "trace_tokens": sum(lengths) / len(lengths),
-        "trace_ended": sum(trace.ended for trace in batch.traces) / len(lengths),
-        "trace_empty": sum(not n for n in lengths) / len(lengths),
+        **reasoner.figures(batch.traces),
         "pair_accuracy": float((means[:, 0] > means[:, 1]).float().mean()),
     }
     if means.shape[-1] > 1:

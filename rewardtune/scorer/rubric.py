@@ -22,6 +22,8 @@ FILE = "rubric.json"
 SLOTS = ("image", "prompt")
 PAIR_SLOTS = ("image", "reference", "prompt")
 TURN = re.compile(r"<\|im_start\|>(system|user)\n?(.*?)<\|im_end\|>", re.DOTALL)
+SHOWN = 40
+"""Characters that a message shows of a text which differs (ours)."""
 TOUCHING = re.compile(r"\{(image|reference)\}(\{prompt\})?\{(image|reference)\}")
 
 
@@ -208,6 +210,46 @@ def load_rubric(path: str | Path | None = None) -> Rubric:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'rubric'}: {e['msg']}" for e in error.errors())
         raise RecipeError(f"{where} is not a rubric: {wrong}.") from None
+
+
+def differences(trained: Rubric, asked: Rubric) -> list[str]:
+    """What an answer hangs on and is not the same in two rubrics, in words; empty where a scorer that was trained with
+    the one may be read with the other.
+
+    That leaves out what only bounds or scales: the temperature, which calibrates, and the reasoning's length. A part
+    that only one of them has (`thinking`, `comparison`) contradicts nothing.
+    """
+    found = []
+    if trained.dimensions != asked.dimensions:
+        theirs, ours = (", ".join(rubric.dimensions) for rubric in (trained, asked))
+        found.append(f"the dimensions (trained with {theirs}; here {ours})")
+    if trained.levels != asked.levels:
+        found.append(f"the levels (trained with {_said(trained.levels)}; here {_said(asked.levels)})")
+    for name in ("template", "reads", "thinking.template", "thinking.close", "thinking.reads", "comparison.template",
+                 "comparison.yes", "comparison.no"):  # fmt: skip
+        one, other = _text(trained, name), _text(asked, name)
+        if one is not None and other is not None and one != other:
+            alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+            start = max(0, len([*alike]) - 15)
+            found.append(f"{name} (trained with {one[start:][:SHOWN]!r}; here {other[start:][:SHOWN]!r})")
+    if any("{criteria}" in (_text(rubric, name) or "") for rubric in (trained, asked) for name in
+           ("template", "thinking.template", "comparison.template")):  # fmt: skip
+        both = [name for name in trained.dimensions if name in asked.dimensions]
+        odd = [name for name in both if trained.criteria.get(name) != asked.criteria.get(name)]
+        found += [f"the criteria of {', '.join(odd)}"] if odd else []
+    return found
+
+
+def _said(levels: Sequence[Level]) -> str:
+    return ", ".join(f"{level.token} = {level.value:g}" for level in levels)
+
+
+def _text(rubric: Rubric, name: str) -> str | None:
+    """A part of a rubric as text; None where there is none."""
+    found: Any = rubric
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return " | ".join(found) if isinstance(found, tuple) else found
 
 
 def save_rubric(rubric: Rubric, folder: Path) -> None:

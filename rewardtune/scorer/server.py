@@ -26,7 +26,7 @@ from rewardtune.serving.connection import (
     Fault,
     Refused,
     Unscorable,
-    ask_all,
+    ask_each,
     first_choice,
     json_object,
 )
@@ -46,6 +46,10 @@ LEAST_MASS = 0.1
 UNSCORABLE_SHARE = 0.05
 
 OPEN = "<think>\n"
+SHUT = "</think>"
+SILENT = 8
+"""Ours: sampled tokens up to which an answer without any text is a model that closed at once; the closing text itself
+takes two or three. With more, the server keeps the trace to itself."""
 TOP = 20
 """Tokens listed a place: OpenAI's most, and what a vLLM server allows by default (`--max-logprobs`)."""
 
@@ -77,8 +81,9 @@ class Conversation:
 class Judgement:
     """One reasoning trace and the distribution read after it.
 
-    ended: whether the model closed its reasoning; False when it was cut at `max_tokens`. probabilities: one per level,
-    their sum is 1. tokens: sampled for the trace, None when the server does not say.
+    trace: as text, empty where the model closed its reasoning at once, which is a judgement like any other (see
+    `reasoning.py`). ended: whether the model closed its reasoning; False when it was cut at `max_tokens`.
+    probabilities: one per level, their sum is 1. tokens: sampled for the trace, None when the server does not say.
     """
 
     trace: str
@@ -141,18 +146,31 @@ class ServerJudge:
         Raises RecipeError when the server refuses the request, and DataError as soon as more than `unscorable_share`
         of all rows are unscorable.
         """
+        answers = dict(self.judge_each(items, traces=traces, seed=seed))
+        return [answers[place] for place in range(len(items))]
+
+    def judge_each(
+        self, items: Sequence[Item], *, traces: int, seed: int
+    ) -> Iterator[tuple[int, list[Judgement | Unscorable]]]:
+        """As `judge`: an item's place and its judgements as soon as all of these are there, whatever the order."""
         assert traces >= 1, "a judgement needs a trace"
         secret = connection.key_from_environment(self.key_variable)
         line = Connection(
             connection.base(self.url), key=secret, timeout=self.timeout, retries=self.retries, sleep=self.sleep
         )
         # pictures are encoded on the way, once an item and only a few ahead: all of them may not fit in memory
-        found = ask_all(
+        found = ask_each(
             line, self._rows(items, traces, seed), lambda row: self._judgement(line, row), total=len(items) * traces,
             concurrency=self.concurrency, share=self.unscorable_share, noun="judgements",
             hint="Look at the server's log, or allow more with unscorable_share.",
         )  # fmt: skip
-        return [found[k : k + traces] for k in range(0, len(found), traces)]
+        said: dict[int, dict[int, Judgement | Unscorable]] = {}
+        for number, answer in found:
+            item, trace = divmod(number, traces)
+            said.setdefault(item, {})[trace] = answer
+            if len(said[item]) == traces:
+                whole = said.pop(item)
+                yield item, [whole[t] for t in range(traces)]
 
     def _rows(self, items: Sequence[Item], traces: int, seed: int) -> Iterator[_Row]:
         for i, (image, prompt, dimension) in enumerate(items):
@@ -193,7 +211,10 @@ class ServerJudge:
                 # Qwen's templates keep only what stands behind the last one, and the server would refuse the rest
                 raise Dropped(f"the trace writes {OPEN.strip()} again")
             read = thinking.reads[row.dimension]
-            continued = {"role": "assistant", "content": f"{OPEN}{trace}{thinking.close}{read}"}
+            # Qwen's templates write a line break here, as the model does; `_trace` has taken it off with the outer
+            # white space, and without it the server would not find the message to continue
+            line_break = "\n" if thinking.close.startswith(SHUT) else ""
+            continued = {"role": "assistant", "content": f"{OPEN}{trace}{line_break}{thinking.close}{read}"}
             score = shared | {
                 "messages": [*row.messages, continued],
                 "continue_final_message": True,
@@ -272,14 +293,16 @@ def _trace(answer: dict[str, Any], close: str) -> tuple[str, bool, int | None]:
     if not all(text is None or isinstance(text, str) for text in texts):
         raise Fault("the answer's message is not text")
     reasoning, content = texts[0] or texts[1] or "", texts[2] or ""
+    usage = answer.get("usage")
+    counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    tokens = counted if isinstance(counted, int) else None
+    if not (reasoning or content) and (finish != "stop" or tokens is None or tokens > SILENT):
+        # not even the closing text that was asked for: nothing says that the model closed at once
+        raise Fault("the answer has no text")
     whole = (reasoning or content).strip().removeprefix(OPEN.strip())
     trace, closed, _ = whole.partition(close.strip())
-    if not trace.strip():
-        raise Fault("the trace is empty")
-    usage = answer.get("usage")
-    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     ended = finish == "stop" or bool(closed) or bool(reasoning and content)
-    return trace.strip(), ended, tokens if isinstance(tokens, int) else None
+    return trace.strip(), ended, tokens
 
 
 def read_levels(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rewardtune.data.records import PreferenceGroup, RatedImage, read_records
+from rewardtune.data.skipped import Skipped
 from rewardtune.errors import DataError
 from rewardtune.scorer.losses import hard_target, histogram_target, two_hot_target
 from rewardtune.scorer.rubric import Rubric
@@ -108,35 +108,41 @@ def read_pairs(records: str | Path, rubric: Rubric, *, target: str, preferences_
     groups = read_records(records)
     check_labels(groups, rubric, target=target)
     pairs, left = make_pairs(groups, rubric, target=target, preferences_in=preferences_in)
-    if sum(left.values()):
-        reasons = ", ".join(f"{count:,} {why}" for why, count in left.items() if count)
-        print(f"{len(pairs):,} pairs; left out: {reasons}", file=sys.stderr)
+    say_what_is_left_out(f"{len(pairs):,} pairs", left)
     return pairs
+
+
+def say_what_is_left_out(kept: str, left: Skipped) -> None:
+    """On standard error: what there is to learn from, and what is not used, by reason and with names."""
+    if left:
+        print("\n  ".join([f"{kept}; left out:", *left.lines()]), file=sys.stderr)
 
 
 def make_pairs(
     groups: Sequence[PreferenceGroup], rubric: Rubric, *, target: str, preferences_in: str | None
-) -> tuple[list[Pair], Counter[str]]:
-    """All pairs of the records, and how many were left out for which reason.
+) -> tuple[list[Pair], Skipped]:
+    """All pairs of the records, and which were left out for which reason.
 
     Scored pictures give a pair for each dimension in which they differ. Stated preferences between pictures without
     scores are about `preferences_in`; DataError when there are some and it is None or no dimension of the rubric.
     """
     make = target_maker(target, rubric)
     pairs: list[Pair] = []
-    left: Counter[str] = Counter()
+    left = Skipped()
     for group in groups:
         targets = [make(image) for image in group.images]
         before = len(pairs)
         for a, b in combinations(range(len(group.images)), 2):
+            both = f"group {group.id}: {group.images[a].image.name} and {group.images[b].image.name}"
             for d, name in enumerate(rubric.dimensions):
-                scores = [group.images[i].scores.get(name) for i in (a, b)]
-                first, second = scores
+                first, second = (group.images[i].scores.get(name) for i in (a, b))
                 if first is None or second is None:
-                    left["a dimension that one of the two lacks"] += first is not second
+                    # pictures of which only a choice is known lack no dimension: it stands among the preferences
+                    if group.images[a].scores or group.images[b].scores:
+                        left.add(f"for want of a score in {name}", both)
                     continue
                 if first == second:
-                    left["equal scores"] += 1
+                    left.add("equal scores", f"{both} in {name}")
                     continue
                 won, lost = (a, b) if first > second else (b, a)
                 pairs.append(
@@ -158,7 +164,28 @@ def make_pairs(
             said = (group.images[won].critique or "", group.images[lost].critique or "")
             pairs.append(Pair(group.prompt, images, rubric.dimensions.index(preferences_in), critiques=said))
         if len(group.images) < 2:
-            left["groups of one picture"] += 1
+            left.add("groups of one picture", f"group {group.id}")
         elif len(pairs) == before:
-            left["groups without a pair"] += 1
+            left.add("groups without a pair", f"group {group.id}")
     return pairs, left
+
+
+def rated(
+    groups: Sequence[PreferenceGroup], make: Callable[[RatedImage], Tensor], rubric: Rubric
+) -> list[tuple[PreferenceGroup, RatedImage, Tensor]]:
+    """Pictures with a rating in one of the rubric's dimensions at least, and their targets; says on standard error
+    which others are left out, and which lack a dimension, in which they then teach nothing."""
+    found, left = [], Skipped()
+    for group in groups:
+        for image in group.images:
+            target = make(image)
+            name, known = f"group {group.id}: {image.image.name}", target.isfinite().all(-1)
+            if not known.any():
+                left.add("pictures without a score", name)
+                continue
+            for dimension, there in zip(rubric.dimensions, known.tolist(), strict=True):
+                if not there:
+                    left.add(f"scores in {dimension} that are not there", name)
+            found.append((group, image, target))
+    say_what_is_left_out(f"{len(found):,} rated pictures", left)
+    return found

@@ -1,6 +1,6 @@
 """A teacher's distributions on disk: drawn once, taken up again after an interruption, checked before they are used.
 
-Written and read by `tasks/reward_risd.py`. A folder holds `book.json` (what was asked), one journal a process, whose
+Written and read through `scorer/teacher.py`. A folder holds `book.json` (what was asked), one journal a process, whose
 lines carry checksums, and at the end `distributions.safetensors` with the checksum of the journals.
 """
 
@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rewardtune.data.rows import counted
+from rewardtune.data.skipped import Skipped
 from rewardtune.errors import DataError, RecipeError
 from rewardtune.progress import Progress
 from rewardtune.types import Prompt
@@ -33,16 +34,19 @@ DROPPED = 0.05
 @dataclass(frozen=True)
 class Row:
     """What the teacher said of one item. traces: [dimension][trace] as text; ended: likewise, whether it closed them
-    itself; tokens: how many; distributions: likewise, over the levels, or None where nothing could be read."""
+    itself; tokens: how many; distributions: likewise, over the levels, or None where nothing could be read; reasons:
+    likewise, why not, empty where it could; no lists at all where every one could, and in older journals."""
 
     traces: list[list[str]]
     ended: list[list[bool]]
     tokens: list[list[int]]
     distributions: list[list[list[float] | None]]
+    reasons: list[list[str]] = field(default_factory=list)
 
 
-Teacher = Callable[[Sequence[int], Sequence[Item]], list[Row]]
-"""Judges items, given with their places in the list (which key the randomness)."""
+Teacher = Callable[[Sequence[int], Sequence[Item]], Iterable[tuple[int, Row]]]
+"""Judges items, given with their places in the list (which key the randomness); places and rows in any order, each as
+soon as it is there."""
 
 
 def fill(
@@ -51,7 +55,9 @@ def fill(
 ) -> None:  # fmt: skip
     """Draw what the folder lacks of this process's share of the items.
 
-    Every batch is on disk before the next begins, so an interruption loses the batch in flight at most. Raises
+    A row is handed to the system as soon as the teacher gives it, so a process that is killed loses what is being
+    judged and nothing else: of a served teacher the rows whose answers are not all there, of one in this process, which
+    writes the traces of `batch_size` items together, these. A machine that fails loses one batch at most. Raises
     RecipeError when the folder was filled for another question, and says what differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,12 +68,12 @@ def fill(
     with _repaired(folder / f"journal-{rank}.jsonl").open("a", encoding="utf-8") as journal:
         for start in range(0, len(mine), batch_size):
             part = mine[start : start + batch_size]
-            for i, row in zip(part, teacher(part, [items[i] for i in part]), strict=True):
-                journal.write(_line(i, row))
-            journal.flush()
+            for place, row in teacher(part, [items[i] for i in part]):
+                journal.write(_line(place, row))
+                journal.flush()
+                if progress is not None:
+                    progress.advance(1)
             os.fsync(journal.fileno())
-            if progress is not None:
-                progress.advance(len(part))
 
 
 def distributions(folder: Path, count: int) -> Tensor:
@@ -101,18 +107,40 @@ def distributions(folder: Path, count: int) -> Tensor:
             f"{folder}: {lost:.0%} of the teacher's judgements could not be read, more than {DROPPED:.0%}. Look at the "
             "journal's `traces`: is the rubric's closing text what this teacher writes?"
         )
-    if lost:
-        print(f"{folder}: {lost:.1%} of the teacher's judgements could not be read and are left out.", file=sys.stderr)
     return found
 
 
-def token_count(folder: Path) -> float:
-    """Mean tokens of a trace."""
-    counts = [n for row in _journals(folder).values() for part in row.tokens for n in part]
-    return sum(counts) / max(1, len(counts))
+def report(folder: Path, items: Sequence[Item], dimensions: Sequence[str]) -> str:
+    """What people should know of a filled folder: how many traces are empty or were cut off, which are judgements like
+    any other (`reasoning.py`), and which judgements could not be read and are left out."""
+    read: list[tuple[str, bool, int]] = []
+    lost, total = Skipped(), 0
+    for i, row in sorted(_journals(folder).items()):
+        for d, shares in enumerate(row.distributions):
+            total += len(shares)
+            for t, values in enumerate(shares):
+                if values is None:
+                    why = row.reasons[d][t] if row.reasons else ""
+                    lost.add(f"because {why}" if why else "without a reason", _name(i, items[i], dimensions[d]))
+                elif row.traces[d]:
+                    read.append((row.traces[d][t], row.ended[d][t], row.tokens[d][t]))
+    lines = []
+    if read:
+        empty, cut = sum(not text for text, _, _ in read), sum(not ended for _, ended, _ in read)
+        mean = sum(tokens for _, _, tokens in read) / len(read)
+        lines.append(f"{counted(len(read), 'trace')} of {mean:.1f} tokens on average; {empty:,} are empty and {cut:,} "
+                     "were cut off at the limit: these, too, were closed and read.")  # fmt: skip
+    if lost:
+        lines.append(f"{lost.total:,} of {total:,} judgements could not be read and are left out;")
+        lines += lost.lines()
+    return "\n".join(f"{folder}: {line}" for line in lines)
 
 
 # ------------------------------------------------------------------------------------------------------------- inside
+
+
+def _name(index: int, item: Item, dimension: str) -> str:
+    return f"item {index} ({item[0].name}) in {dimension}"
 
 
 def _line(index: int, row: Row) -> str:
@@ -168,6 +196,8 @@ def _check_book(folder: Path, asked: dict[str, Any], *, write: bool) -> None:
     if path.exists():
         known = json.loads(path.read_text())
         names = (asked.keys() | known.keys()) - {"teacher"}  # a folder that was moved is the same one: `weights` tell
+        if "pixels" not in known:
+            names -= {"pixels"}  # a book from before they could be set
         odd = sorted(name for name in names if asked.get(name) != known.get(name))
         if odd:
             raise RecipeError(

@@ -20,8 +20,9 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 def trainable_scorer(section: ScorerSection, *, train: TrainSection, device: str) -> Scorer:
     """The scorer of a recipe with trainable parameters: adapters where `lora` is given, else the whole model."""
     scorer = load_scorer(
-        section.model, revision=section.revision, rubric=section.rubric,
-        dtype=getattr(torch, section.dtype), device=loading_place(train, device),
+        section.model, revision=section.revision, rubric=section.rubric, min_pixels=section.min_pixels,
+        max_pixels=section.max_pixels, dtype=getattr(torch, section.dtype), device=loading_place(train, device),
+        to_train=True,
     )  # fmt: skip
     model: Any = scorer.model
     if section.lora is not None:

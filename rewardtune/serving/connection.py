@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
@@ -229,12 +229,31 @@ def ask_all(
     noun: str,
     hint: str,
 ) -> list[T | Unscorable]:
-    """The answers to `total` rows, in their order, from `concurrency` threads. Rows are taken only a little ahead.
+    """The answers of `ask_each`, in the order of the rows."""
+    answers = dict(ask_each(
+        connection, rows, ask, total=total, concurrency=concurrency, share=share, noun=noun, hint=hint
+    ))  # fmt: skip
+    return [answers[place] for place in range(total)]
+
+
+def ask_each(
+    connection: Connection,
+    rows: Iterable[Row],
+    ask: Callable[[Row], T | Unscorable],
+    *,
+    total: int,
+    concurrency: int,
+    share: float,
+    noun: str,
+    hint: str,
+) -> Iterator[tuple[int, T | Unscorable]]:
+    """The answers to `total` rows from `concurrency` threads, each with its row's place, in the order in which they
+    come. Rows are taken only a little ahead.
 
     share: most of the rows that may be lost; as soon as more are, DataError says why, with `noun` and `hint`. What
     `ask` raises ends the call.
     """
-    answers: dict[int, T | Unscorable] = {}
+    answered = 0
     reasons: Counter[str] = Counter()
     todo: queue.SimpleQueue[tuple[int, Row] | None] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, T | Unscorable | BaseException]] = queue.SimpleQueue()
@@ -248,19 +267,21 @@ def ask_all(
                 done.put((place, error))
                 connection.stopped.set()
 
-    def take() -> None:
+    def take() -> tuple[int, T | Unscorable]:
+        nonlocal answered
         place, answer = done.get()
         if isinstance(answer, BaseException):
             raise answer
-        answers[place] = answer
+        answered += 1
         if isinstance(answer, Unscorable):
             reasons[answer.reason] += 1
             if reasons.total() > share * total:
                 commonest = "; ".join(f"{reason} ({count} times)" for reason, count in reasons.most_common(3))
                 raise DataError(
-                    f"{connection.base}: {reasons.total()} of the first {len(answers)} {noun} ({total} were asked for) "
+                    f"{connection.base}: {reasons.total()} of the first {answered} {noun} ({total} were asked for) "
                     f"are unscorable, more than the {share:.0%} allowed: {commonest}. {hint}"
                 )
+        return place, answer
 
     threads, waiting = min(concurrency, total), 0
     for _ in range(threads):
@@ -269,17 +290,16 @@ def ask_all(
     try:
         for item in enumerate(rows):
             if waiting == 2 * threads:
-                take()
+                yield take()
                 waiting -= 1
             todo.put(item)
             waiting += 1
         for _ in range(waiting):
-            take()
+            yield take()
     finally:
         connection.stopped.set()
         for _ in range(threads):
             todo.put(None)
-    return [answers[place] for place in range(total)]
 
 
 def base(url: str) -> str:

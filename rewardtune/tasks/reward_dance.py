@@ -25,7 +25,7 @@ from rewardtune.scorer.export import export_scorer
 from rewardtune.scorer.losses import distribution_cross_entropy
 from rewardtune.scorer.model import Scorer
 from rewardtune.scorer.patches import patchify
-from rewardtune.scorer.targets import check_labels, target_maker
+from rewardtune.scorer.targets import check_labels, rated, target_maker
 from rewardtune.scorer.trainable import trainable_scorer
 from rewardtune.tasks.reward_dance_pairs import RewardDancePairs, build_reward_dance_pairs
 from rewardtune.types import Prompt, StepOutput
@@ -109,9 +109,9 @@ def build_reward_dance(recipe: RewardDanceRecipe, *, device: str) -> RewardDance
     check_labels(groups, scorer.rubric, target=recipe.objective.target)
     make = target_maker(recipe.objective.target, scorer.rubric)
     rows = [
-        Row(image.image, group.prompt, make(image), image.critique or "")
-        for group in groups for image in group.images if image.scores
-    ]  # fmt: skip
+        Row(image.image, group.prompt, target, image.critique or "")
+        for group, image, target in rated(groups, make, scorer.rubric)
+    ]
     held_out = read_records(recipe.data.held_out) if recipe.data.held_out else []
     return RewardDance(
         scorer, rows=rows, objective=recipe.objective, seed=recipe.train.seed, base=recipe.scorer.model,

@@ -67,7 +67,7 @@ class RewardGdso:
         read = batch.read(self.reasoner, tokens=o.policy > 0, temperature=o.temperature)
         logits = read.logits.unflatten(0, batch.drawn.shape)
         means = logits.softmax(-1) @ scorer.levels.to(logits.dtype)
-        loss, metrics = logits.new_zeros(()), rollouts.figures(batch, means.detach())
+        loss, metrics = logits.new_zeros(()), rollouts.figures(self.reasoner, batch, means.detach())
         if self.remote is not None:
             metrics |= {"rollout_dropped": batch.dropped, **rollouts.sampler_gap(batch, read)}
         if o.policy:

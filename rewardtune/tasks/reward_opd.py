@@ -19,7 +19,6 @@ from rewardtune.recipe.sections import OpdSection, RewardOpdRecipe
 from rewardtune.scorer.evaluate import held_out_figures
 from rewardtune.scorer.export import export_scorer
 from rewardtune.scorer.losses import over_tokens
-from rewardtune.scorer.model import load_scorer
 from rewardtune.scorer.reasoning import (
     Judgements,
     Question,
@@ -29,7 +28,7 @@ from rewardtune.scorer.reasoning import (
     said_level,
     with_level,
 )
-from rewardtune.scorer.teacher import check_same
+from rewardtune.scorer.teacher import load_teacher
 from rewardtune.scorer.traces import Item
 from rewardtune.scorer.trainable import loading_place, trainable_scorer
 from rewardtune.types import StepOutput
@@ -85,9 +84,8 @@ class RewardOpd:
         theirs, _ = with_level(Judgements(batch.levels, batch.teacher, read.mask), level)
         advantages = (theirs - ours).detach()
         loss = -over_tokens(advantages * ours, mask, "mean")
-        lengths = [len(trace.ids) for trace in batch.traces]
         gap = float((-advantages * mask).sum() / mask.sum())
-        return StepOutput(loss=loss, metrics={"reverse_kl": gap, "trace_tokens": sum(lengths) / len(lengths)})
+        return StepOutput(loss=loss, metrics={"reverse_kl": gap, **self.student.figures(batch.traces)})
 
     def samples(self) -> None:
         return None
@@ -105,13 +103,8 @@ class RewardOpd:
 
 def build_reward_opd(recipe: RewardOpdRecipe, *, device: str) -> RewardOpd:
     """The task of a recipe. Raises RecipeError where teacher and student do not read the same tokens."""
-    section = recipe.teacher
     student = trainable_scorer(recipe.scorer, train=recipe.train, device=device)
-    teacher = load_scorer(
-        section.model, revision=section.revision, rubric=section.rubric, dtype=getattr(torch, section.dtype),
-        device=loading_place(recipe.train, device),
-    )  # fmt: skip
-    check_same(teacher.rubric, student.rubric)
+    teacher = load_teacher(recipe.teacher, student=student.rubric, device=loading_place(recipe.train, device))
     if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
         raise RecipeError(
             "teacher and student have different tokenizers, so the teacher cannot rate the student's tokens (Eq. 18). "

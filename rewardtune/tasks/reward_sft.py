@@ -22,7 +22,8 @@ from rewardtune.scorer.evaluate import held_out_figures
 from rewardtune.scorer.export import export_scorer
 from rewardtune.scorer.losses import distribution_cross_entropy
 from rewardtune.scorer.model import Scorer
-from rewardtune.scorer.targets import check_labels, target_maker
+from rewardtune.scorer.rubric import Rubric
+from rewardtune.scorer.targets import check_labels, rated, target_maker
 from rewardtune.scorer.trainable import trainable_scorer
 from rewardtune.scoring.augment import training_views
 from rewardtune.scoring.objective import expectation
@@ -115,16 +116,11 @@ def build_reward_sft(recipe: RewardSftRecipe, *, device: str) -> RewardSft:
     make = target_maker(recipe.objective.target, scorer.rubric)
     held_out = read_records(recipe.data.held_out) if recipe.data.held_out else []
     return RewardSft(
-        scorer, rows=rated_rows(groups, make), held_out=held_out, seed=recipe.train.seed, base=recipe.scorer.model,
-        shift=recipe.objective.shift, noise=recipe.objective.noise,
+        scorer, rows=rated_rows(groups, make, scorer.rubric), held_out=held_out, seed=recipe.train.seed,
+        base=recipe.scorer.model, shift=recipe.objective.shift, noise=recipe.objective.noise,
     )  # fmt: skip
 
 
-def rated_rows(groups: Sequence[PreferenceGroup], make: Callable[[RatedImage], Tensor]) -> list[Row]:
-    """One row per picture that has a score; pictures that only preferences mention are left out."""
-    return [
-        Row(image.image, group.prompt, make(image))
-        for group in groups
-        for image in group.images
-        if image.scores or image.annotations
-    ]
+def rated_rows(groups: Sequence[PreferenceGroup], make: Callable[[RatedImage], Tensor], rubric: Rubric) -> list[Row]:
+    """One row per picture that has a score; those without are left out and named."""
+    return [Row(image.image, group.prompt, target) for group, image, target in rated(groups, make, rubric)]

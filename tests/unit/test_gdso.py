@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_scorer import NAMES, pictures, write_reasoner
 
-from rewardtune.data.images import to_pil
-from rewardtune.data.records import PreferenceGroup, RatedImage
+from rewardtune.data.images import read_tensors, to_pil
+from rewardtune.data.records import PreferenceGroup, RatedImage, write_records
 from rewardtune.errors import DataError
 from rewardtune.recipe.sections import GdsoSection
 from rewardtune.scorer import losses
+from rewardtune.scorer.evaluate import evaluate_groups, held_out_figures
 from rewardtune.scorer.model import load_scorer
-from rewardtune.scorer.reasoning import Reasoner, load_reasoner
-from rewardtune.scorer.targets import Pair, check_labels, make_pairs
+from rewardtune.scorer.reasoning import Reasoner, Trace, load_reasoner
+from rewardtune.scorer.targets import Pair, check_labels, make_pairs, read_pairs, target_maker
 from rewardtune.tasks.reward_gdso import RewardGdso
+from rewardtune.tasks.reward_sft import rated_rows
 from rewardtune.types import Prompt
 
 # ------------------------------------------------------------------------------------------------------------ formulas
@@ -201,6 +205,42 @@ def test_the_step_is_equation_14_written_out(reasoner: Reasoner, tmp_path: Path)
     assert output.metrics["kl"] > 0 and 0 < output.metrics["trace_tokens"] <= 6
 
 
+def test_empty_and_endless_traces_are_learned_from_and_counted(reasoner: Reasoner, tmp_path: Path):
+    made = task(reasoner, tmp_path, kl=0.0)
+    batch = made.batch(0, [0, 1])
+    # of twelve traces one is nothing, one is a line break, and three were cut off
+    line_break = tuple(reasoner.scorer.tokenizer.encode("\n", add_special_tokens=False))
+    given = [Trace((), True), Trace(line_break, True), *[Trace((9, 10), i > 2) for i in range(10)]]
+    metrics = made.step(replace(batch, traces=given)).metrics
+    assert metrics["trace_empty"] == pytest.approx(2 / 12) and metrics["trace_ended"] == pytest.approx(9 / 12)
+    assert metrics["trace_tokens"] == pytest.approx(21 / 12)
+    # each has a distribution: a step on traces that are all empty is one on the prompts alone
+    empty = replace(batch, traces=[Trace((), True)] * 12)
+    output = made.step(empty)
+    assert output.loss.isfinite() and output.metrics["trace_empty"] == 1.0
+
+
+def test_evaluate_counts_empty_and_endless_traces(reasoner: Reasoner, tmp_path: Path):
+    records = groups(tmp_path, [[1.0, 4.5, 3.0], [2.0, 5.0]])
+    document = evaluate_groups(reasoner.scorer, records, resamples=0, reasoning=3, batch_size=2)
+    written = []
+    for start in (0, 2, 4):
+        some = [(image.image, group.prompt) for group in records for image in group.images][start : start + 2]
+        written += reasoner.every_dimension(
+            read_tensors(path for path, _ in some), [prompt for _, prompt in some], traces=3, stream=(0, "evaluate"),
+            places=range(start, start + len(some)),
+        )[0]  # fmt: skip
+    assert len(written) == 5 * 4 * 3
+    ended, empty = sum(t.ended for t in written) / 60, sum(not reasoner.text(t) for t in written) / 60
+    assert 0 < ended < 1
+    assert document["trace_ended"] == pytest.approx(ended, abs=1e-4)
+    assert document["trace_empty"] == pytest.approx(empty, abs=1e-4)
+    assert document["tokens_per_score"] == pytest.approx(sum(len(t.ids) + 1 for t in written) / 20, abs=0.01)
+    figures = held_out_figures(reasoner.scorer, records, reasoning=3)
+    assert figures["trace_ended"] == document["trace_ended"] and "trace_empty" in figures
+    assert "trace_ended" not in held_out_figures(reasoner.scorer, records)
+
+
 def test_grpo_has_no_gradient_through_the_distribution(reasoner: Reasoner, tmp_path: Path):
     made = task(reasoner, tmp_path, pointwise_loss=0.0, pairwise_loss=0.0, kl=0.0)
     batch = made.batch(0, [0, 1])
@@ -280,7 +320,67 @@ def test_pairs_say_what_they_leave_out(reasoner: Reasoner, tmp_path: Path):
                              preferences_in=None)  # fmt: skip
     assert len(found) == 4 and all(p.ratings == (4.0, 2.0) for p in found)
     assert found[0].images[0].name == "2-1.png"
-    assert left["equal scores"] == 4 and left["groups of one picture"] == 1 and left["groups without a pair"] == 1
+    assert left.counts == {"equal scores": 4, "groups without a pair": 1, "groups of one picture": 1}
+    assert [*left.lines()] == [
+        f"equal scores: 4 ({'; '.join(f'group g0: 0-0.png and 0-1.png in {name}' for name in NAMES)})",
+        "groups without a pair: 1 (group g0)", "groups of one picture: 1 (group g1)",
+    ]  # fmt: skip
+
+
+def without(group: PreferenceGroup, *missing: tuple[int, str]) -> PreferenceGroup:
+    """A group some of whose pictures lack a dimension."""
+    return replace(group, images=tuple(
+        replace(image, scores={name: s for name, s in image.scores.items() if (i, name) not in missing})
+        for i, image in enumerate(group.images)
+    ))  # fmt: skip
+
+
+def test_a_missing_dimension_makes_no_pair_and_is_named(
+    reasoner: Reasoner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    whole = groups(tmp_path, [[1.0, 4.5, 3.0], [2.0, 5.0]])
+    # one of two lacks realism, in two pairs; both lack plausibility, in one
+    made = [without(whole[0], (1, "realism")), without(whole[1], (0, "plausibility"), (1, "plausibility"))]
+    write_records(made, tmp_path / "records.jsonl")
+    pairs = read_pairs(tmp_path / "records.jsonl", reasoner.scorer.rubric, target="hard", preferences_in=None)
+    counts = Counter((pair.prompt, NAMES[pair.dimension]) for pair in pairs)
+    assert counts == {
+        **{("a dog 0", name): 1 if name == "realism" else 3 for name in NAMES},
+        **{("a dog 1", name): 1 for name in NAMES if name != "plausibility"},
+    }
+    assert capsys.readouterr().err.splitlines() == [
+        "13 pairs; left out:",
+        "  for want of a score in realism: 2 (group g0: 0-0.png and 0-1.png; group g0: 0-1.png and 0-2.png)",
+        "  for want of a score in plausibility: 1 (group g1: 1-0.png and 1-1.png)",
+    ]
+
+
+def test_many_that_are_left_out_are_counted_and_the_first_named(reasoner: Reasoner, tmp_path: Path):
+    made = [without(group, (0, "realism")) for group in groups(tmp_path, [[1.0, 2.0]] * 9)]
+    _, left = make_pairs(made, reasoner.scorer.rubric, target="hard", preferences_in=None)
+    (line,) = left.lines()
+    assert line.startswith("for want of a score in realism: 9 (group g0: ") and line.endswith("4-1.png; and 4 more)")
+
+
+def test_a_missing_dimension_is_named_by_sft_and_evaluate(
+    reasoner: Reasoner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    whole = groups(tmp_path, [[1.0, 4.5, 3.0], [2.0, 5.0]])
+    made = [without(whole[0], (1, "realism"), *((2, name) for name in NAMES)), whole[1]]
+    rows = rated_rows(made, target_maker("hard", reasoner.scorer.rubric), reasoner.scorer.rubric)
+    assert [row.image.name for row in rows] == ["0-0.png", "0-1.png", "1-0.png", "1-1.png"]
+    assert rows[1].target.isnan().any(-1).tolist() == [False, True, False, False]
+    assert capsys.readouterr().err.splitlines() == [
+        "4 rated pictures; left out:",
+        "  scores in realism that are not there: 1 (group g0: 0-1.png)",
+        "  pictures without a score: 1 (group g0: 0-2.png)",
+    ]
+    document = evaluate_groups(reasoner.scorer, made, resamples=0)
+    assert document["dimensions"]["realism"]["pairs"] == 1 and document["dimensions"]["alignment"]["pairs"] == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "15 scores to compare with; left out:",
+        "  scores in realism that are not there: 1 (group g0: 0-1.png)",
+    ]
 
 
 def test_no_pair_at_all_is_an_error(reasoner: Reasoner):

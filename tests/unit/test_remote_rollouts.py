@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +15,7 @@ import processes
 import pytest
 import torch
 import vllm_stub
+from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from tiny_scorer import NAMES, pictures, write_reasoner
 from vllm_stub import VllmStub, changed, silent, status
@@ -217,7 +221,9 @@ def seed(index: int, side: int, one: int) -> int:
     return key(0, "gdso/trace", index, side, one) % 2**31
 
 
-def test_a_pair_that_lost_a_trace_is_left_out_and_counted(root: Path, stub: VllmStub, tmp_path: Path) -> None:
+def test_a_pair_that_lost_a_trace_is_left_out_counted_and_named(
+    root: Path, stub: VllmStub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     two = {"updates_per_rollout": 2, "clip": 0.2, "reward": "parsed"}
     whole = remote(root, stub, tmp_path / "whole", **two).batch(0, [0, 1])
     stub.always["generate"] = lost(seed(0, 1, 0))
@@ -227,6 +233,11 @@ def test_a_pair_that_lost_a_trace_is_left_out_and_counted(root: Path, stub: Vllm
     batch = task.batch(0, [0, 1])
     assert batch.pairs == whole.pairs[1:] and batch.traces == whole.traces[2 * G :] and batch.dropped == 0.5
     assert torch.equal(batch.drawn, whole.drawn[1:])
+    (gone,) = (pair for pair in whole.pairs if pair not in batch.pairs)
+    said = capsys.readouterr().err
+    assert "1 of 8 traces of step 0 are lost, and their pairs left out" in said
+    name = f"'{gone.prompt}' in {task.reasoner.scorer.dimensions[gone.dimension]}"
+    assert f"because the server answered 500: {{}}: 1 ({name})" in said
     assert task.step(batch).metrics["rollout_dropped"] == 0.5
     # a checkpoint remembers which one it was
     again = remote(root, stub, tmp_path / "part", **two)
@@ -237,6 +248,33 @@ def test_a_pair_that_lost_a_trace_is_left_out_and_counted(root: Path, stub: Vllm
     stub.always["generate"] = lost(seed(2, 1, 0), seed(3, 0, 1))
     with pytest.raises(DataError, match="each of the 2 pairs of a roll-out lost a trace"):
         task.batch(2, [4, 5])
+
+
+def test_pictures_go_in_the_size_in_which_they_are_read_here(
+    root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A recipe's budget is narrower than the checkpoint's bounds, which are the server's: both see as many tokens."""
+    monkeypatch.setenv("no_proxy", "*")
+    shutil.copytree(root, tmp_path / "root")
+    root = tmp_path / "root"
+    file = root / "reasoner/preprocessor_config.json"
+    size = {"shortest_edge": 64, "longest_edge": 4096}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "size": size}))
+    for index, picture in enumerate(to_pil(pictures(4, size=(40, 24)))):
+        picture.save(root / f"{index}.png")
+    with VllmStub(root / "reasoner", prompts=["a dog 0 ", "a dog 1 "], keys=KEYS) as running:
+        threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        server = {"server": {"url": running.url(), "retries": 0}, "adapters": str(tmp_path / "adapters")}
+        made = recipe(root, server)
+        made = made.model_copy(update={"scorer": made.scorer.model_copy(update={"max_pixels": 384})})
+        batch = build_reward_gdso(made, device="cpu").batch(0, [0, 1])
+        assert len(batch.traces) == 2 * 2 * G and batch.dropped == 0
+        sent = [part["url"] for body in running.asked for part in body.get("content_parts", [])]
+        sizes = {Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size for url in sent}
+        # 24 x 40 pixels are 15 tokens of 8 x 8 each, and six are allowed
+        assert sizes == {(8, 24)}
+        running.shutdown()
+        assert not running.unmet
 
 
 def test_too_many_lost_traces_end_the_run(root: Path, stub: VllmStub, tmp_path: Path) -> None:

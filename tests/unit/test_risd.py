@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,6 +27,7 @@ from rewardtune.errors import DataError, RecipeError
 from rewardtune.recipe.sections import TASKS
 from rewardtune.scorer import traces
 from rewardtune.scorer.model import load_scorer
+from rewardtune.scorer.reasoning import Trace
 from rewardtune.scorer.rubric import load_rubric
 from rewardtune.scorer.teacher import conversation
 from rewardtune.scorer.traces import Item, Row
@@ -160,13 +161,95 @@ def test_labels_that_are_not_there_cannot_be_used(student: Path, teacher: Path, 
         risd(student, teacher, write_images(tmp_path, 2), traces=0, objective={"labels": 1.0})
 
 
-def test_teacher_and_student_must_share_their_rubric(student: Path, teacher: Path, tmp_path: Path):
-    rubric = json.loads((teacher / "rubric.json").read_text())
-    rubric["levels"] = rubric["levels"][:5]
-    other = tmp_path / "rubric.json"
-    other.write_text(json.dumps(rubric))
-    with pytest.raises(RecipeError, match="different rubrics: the teacher's levels"):
-        risd(student, teacher, write_images(tmp_path, 2), rubric=str(other))
+def with_rubric(scorer: Path, to: Path, **changes: Any) -> Path:
+    """A copy of a scorer whose own rubric differs."""
+    made = shutil.copytree(scorer, to)
+    rubric = json.loads((made / "rubric.json").read_text())
+    (made / "rubric.json").write_text(json.dumps({**rubric, **changes}))
+    return made
+
+
+def opd(student: Path, teacher: Path, images: Path, **options: Any) -> RewardOpd:
+    return build("reward_opd", scorer={"model": str(student)}, teacher={"model": str(teacher), **options},
+                 data={"images": str(images)})  # fmt: skip
+
+
+VALUES = [{"token": str(1 + k), "value": 1.0 + k} for k in range(9)]
+LETTERS = [{"token": "abcdefghi"[k], "value": 1 + k / 2} for k in range(9)]
+
+
+@pytest.mark.parametrize("task", [risd, opd])
+def test_teacher_and_student_must_share_dimensions_and_levels(
+    student: Path, teacher: Path, tmp_path: Path, task: Callable[..., Any]
+):
+    images = write_images(tmp_path, 2)
+    other = with_rubric(teacher, tmp_path / "values", levels=VALUES)
+    with pytest.raises(RecipeError, match=r"the teacher's levels are \[1\.0, 2\.0.*student's \[1\.0, 1\.5"):
+        task(student, other, images)
+    other = with_rubric(teacher, tmp_path / "names", dimensions=[*NAMES[:3], "fun"])
+    with pytest.raises(RecipeError, match=r"different rubrics: the teacher's dimensions are .*'fun'"):
+        task(student, other, images)
+
+
+@pytest.mark.parametrize("task", [risd, opd])
+def test_a_teacher_is_read_with_its_own_rubric_only(
+    student: Path, teacher: Path, tmp_path: Path, task: Callable[..., Any]
+):
+    other = with_rubric(teacher, tmp_path / "other", levels=LETTERS) / "rubric.json"
+    with pytest.raises(RecipeError, match=r"teacher .* was made for another rubric: .* here a = 1, b = 1\.5"):
+        task(student, teacher, write_images(tmp_path, 2), rubric=str(other))
+
+
+def test_prompts_tokens_and_criteria_of_teacher_and_student_may_differ(
+    student: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Eq. 15 compares probabilities of levels, whatever they are called and whatever was asked before."""
+    images, template = write_images(tmp_path, 2), json.loads((student / "rubric.json").read_text())["template"]
+
+    def criteria(judges: str) -> dict[str, Any]:
+        return {name: {"judges": judges, "anchors": {"5": "good", "1": "bad"}} for name in NAMES}
+
+    letters = with_rubric(student, tmp_path / "letters", levels=LETTERS, template=f"Rate. {template}")
+    made = risd(letters, teacher, images, traces=0)
+    batch = made.batch(0, [0, 1])
+    wanted = load_scorer(teacher).distribution(batch.images, batch.prompts)
+    torch.testing.assert_close(batch.teacher[:, :, 0], wanted, atol=1e-5, rtol=1e-4)
+    p = made.scorer.distribution(batch.images, batch.prompts)
+    kl = (wanted * (wanted.log() - p.log())).sum(-1).mean()
+    torch.testing.assert_close(made.step(batch).loss, kl, atol=1e-5, rtol=1e-4)
+    # criteria that only one of them is told are no contradiction; other ones are said
+    strict = with_rubric(teacher, tmp_path / "strict", criteria=criteria("faults"))
+    risd(letters, strict, images, traces=0)
+    assert "different criteria" not in capsys.readouterr().err
+    told = with_rubric(student, tmp_path / "told", criteria=criteria("beauty"), template=template + "{criteria}")
+    risd(told, strict, images, traces=0)
+    assert "different criteria for alignment, realism, aesthetics, plausibility" in capsys.readouterr().err
+
+
+def test_the_teacher_sees_pictures_in_its_own_bounds(student: Path, teacher: Path, tmp_path: Path):
+    def fixed(folder: Path, to: Path) -> Path:
+        made = shutil.copytree(folder, to)
+        file = made / "preprocessor_config.json"
+        size = {"shortest_edge": 64, "longest_edge": 4096}
+        file.write_text(json.dumps({**json.loads(file.read_text()), "size": size}))
+        return made
+
+    wide, images = fixed(teacher, tmp_path / "wide"), write_images(tmp_path, 2)
+    cache = str(tmp_path / "cache")
+    made = risd(student, wide, images, traces=1, max_pixels=64, cache=cache)
+    fine = risd(student, wide, images, traces=1, max_pixels=256, cache=str(tmp_path / "fine"))
+    coarse, sharp = (task.judge([0, 1], [0, 1]) for task in (made, fine))
+    assert (coarse - sharp).abs().max() > 1e-4
+    # 16 x 16 pixels at most: what the same teacher says whose own bounds these are
+    plain = risd(student, teacher, images, traces=1, cache=str(tmp_path / "plain"))
+    torch.testing.assert_close(sharp, plain.judge([0, 1], [0, 1]), atol=1e-6, rtol=0)
+    # bounds are part of what was asked, but for books from before they could be set
+    with pytest.raises(RecipeError, match=r"drawn for another question; pixels differ \(there \[64, 64\], here"):
+        risd(student, wide, images, traces=1, max_pixels=256, cache=cache)
+    book = Path(cache) / "book.json"
+    book.write_text(json.dumps({k: v for k, v in json.loads(book.read_text()).items() if k != "pixels"}))
+    assert torch.equal(risd(student, wide, images, traces=1, cache=cache).judge([0, 1], [0, 1]), coarse)
+    assert opd(student, wide, images, max_pixels=64).teacher.scorer.geometry.max_pixels == 64
 
 
 # ---------------------------------------------------------------------------------------------------------- the cache
@@ -176,14 +259,14 @@ def items(folder: Path, count: int) -> list[Item]:
     return [(folder / f"{i}.png", Prompt(f"a dog {i // 2}")) for i in range(count)]
 
 
-def say(places: Sequence[int], _: Sequence[Item]) -> list[Row]:
-    return [Row([[f"trace {p}"]], [[True]], [[2]], [[[p / 10, 1 - p / 10]]]) for p in places]
+def say(places: Sequence[int], _: Sequence[Item]) -> list[tuple[int, Row]]:
+    return [(p, Row([[f"trace {p}"]], [[True]], [[2]], [[[p / 10, 1 - p / 10]]])) for p in places]
 
 
 def fill(folder: Path, pictures: list[Item], **options: Any) -> list[int]:
     asked: list[int] = []
 
-    def counted(places: Sequence[int], some: Sequence[Item]) -> list[Row]:
+    def counted(places: Sequence[int], some: Sequence[Item]) -> list[tuple[int, Row]]:
         asked.extend(places)
         return say(places, some)
 
@@ -195,7 +278,7 @@ def test_an_interrupted_cache_goes_on_where_it_was(tmp_path: Path):
     write_images(tmp_path, 6)
     cache, pictures = tmp_path / "cache", items(tmp_path, 6)
 
-    def dies(places: Sequence[int], some: Sequence[Item]) -> list[Row]:
+    def dies(places: Sequence[int], some: Sequence[Item]) -> list[tuple[int, Row]]:
         if 4 in places:
             raise KeyboardInterrupt
         return say(places, some)
@@ -278,44 +361,92 @@ def test_processes_share_the_work_and_read_each_others_journals(tmp_path: Path):
     assert traces.distributions(tmp_path / "cache", 5)[:, 0, 0, 0].tolist() == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
 
 
-def test_unread_judgements_are_counted_and_too_many_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_unread_judgements_are_listed_and_too_many_refused(tmp_path: Path):
     write_images(tmp_path, 30)
 
     def forgetful(bad: set[int]) -> traces.Teacher:
-        return lambda places, _: [Row([["x"]], [[False]], [[1]], [[None if p in bad else [0.5, 0.5]]]) for p in places]
+        return lambda places, _: [
+            (p, Row([["x", ""]] * 4, [[True, False]] * 4, [[3, 1]] * 4,
+                    [[[0.5, 0.5], None if p in bad and d == 2 else [0.5, 0.5]] for d in range(4)],
+                    [["", "the answer was cut off" if d == 2 else ""] for d in range(4)] if p in bad else []))
+            for p in places
+        ]  # fmt: skip
 
-    traces.fill(tmp_path / "a", items(tmp_path, 30), forgetful({7}), asked={}, batch_size=5)
+    pictures = items(tmp_path, 30)
+    traces.fill(tmp_path / "a", pictures, forgetful({7, 9}), asked={}, batch_size=5)
     found = traces.distributions(tmp_path / "a", 30)
-    assert found[7].isnan().all() and int(found.isnan().any(-1).sum()) == 1
-    assert "3.3% of the teacher's judgements could not be read" in capsys.readouterr().err
-    traces.fill(tmp_path / "b", items(tmp_path, 30), forgetful({1, 2, 3}), asked={}, batch_size=5)
-    with pytest.raises(DataError, match="10% of the teacher's judgements could not be read"):
-        traces.distributions(tmp_path / "b", 30)
+    assert found[7, 2, 1].isnan().all() and int(found.isnan().any(-1).sum()) == 2
+    said = traces.report(tmp_path / "a", pictures, NAMES)
+    # of the 240, the two that could not be read are no traces: they are neither empty nor cut off
+    assert "238 traces of 2.0 tokens on average; 118 are empty and 118 were cut off at the limit" in said
+    assert "2 of 240 judgements could not be read and are left out" in said
+    assert "because the answer was cut off: 2 (item 7 (7.png) in aesthetics; item 9 (9.png) in aesthetics)" in said
+    traces.fill(tmp_path / "b", pictures, forgetful(set(range(8))), asked={}, batch_size=5)
+    said = traces.report(tmp_path / "b", pictures, NAMES)
+    assert "item 4 (4.png) in aesthetics; and 3 more)" in said and "item 5" not in said
+    traces.fill(tmp_path / "c", pictures, forgetful(set(range(13))), asked={}, batch_size=5)
+    with pytest.raises(DataError, match="5% of the teacher's judgements could not be read, more than 5%"):
+        traces.distributions(tmp_path / "c", 30)
 
 
-def test_killed_while_caching_loses_the_row_in_flight_at_most(tmp_path: Path):
-    write_images(tmp_path, 4)
-    script = f"""
-import time
-from pathlib import Path
-from rewardtune.scorer import traces
-from rewardtune.types import Prompt
-folder = Path({str(tmp_path)!r})
-items = [(folder / f"{{i}}.png", Prompt("p")) for i in range(4)]
-def teacher(places, some):
-    print(places[0], flush=True)
-    if places[0] == 2:
-        time.sleep(60)
-    return [traces.Row([["t"]], [[True]], [[1]], [[[0.5, 0.5]]]) for _ in places]
-traces.fill(folder / "cache", items, teacher, asked={{}}, batch_size=1)
-"""
+def test_empty_and_endless_traces_are_judged_and_counted(
+    student: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The cache's own words against a count of what stands in its journal, whose traces are a tiny model's."""
+    images, cache = write_images(tmp_path, 6), tmp_path / "cache"
+    made = risd(student, teacher, images, traces=4, cache=str(cache), max_tokens=2)
+    rows = [json.loads(line[9:]) for line in (cache / "journal-0.jsonl").read_text().splitlines()]
+    texts = [text for row in rows for part in row["traces"] for text in part]
+    ended = [end for row in rows for part in row["ended"] for end in part]
+    empty, cut = texts.count(""), ended.count(False)
+    assert len(texts) == 96 and empty > 0 and cut > 0
+    mean = sum(count for row in rows for part in row["tokens"] for count in part) / 96
+    said = f"96 traces of {mean:.1f} tokens on average; {empty} are empty and {cut} were cut off"
+    assert said in capsys.readouterr().err
+    # every one of them has a distribution, and the loss takes them all
+    assert made.judge([0], list(range(6))).isfinite().all()
+
+
+def start_and_kill(script: str, at: str) -> None:
+    """Run a script and kill it, as -9 does, when it prints a line."""
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.strip() == "2":
+            if line.strip() == at:
                 os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match="judgement of 2 of 4 items, the first is item 2"):
-        traces.distributions(tmp_path / "cache", 4)
+
+
+def test_killed_while_caching_loses_the_batch_in_flight_at_most(student: Path, teacher: Path, tmp_path: Path):
+    """A teacher in process writes the traces of a batch together, so the batch is what is in flight."""
+    images, cache = write_images(tmp_path, 7), tmp_path / "cache"
+    section = {"model": str(teacher), "traces": 1, "cache": str(cache), "batch_size": 3}
+    start_and_kill(f"""
+import time
+from rewardtune.build import build_task
+from rewardtune.recipe.sections import TASKS
+from rewardtune.scorer import teacher
+
+def rows(self, places, items, judge=teacher.Teacher.rows):
+    if places[0] == 6:
+        print("third batch", flush=True)
+        time.sleep(60)
+    return judge(self, places, items)
+
+teacher.Teacher.rows = rows
+build_task(TASKS["reward_risd"].model_validate({{
+    "task": "reward_risd", "train": {{"steps": 1}}, "scorer": {{"model": {str(student)!r}}},
+    "teacher": {section!r}, "data": {{"images": {str(images)!r}}},
+}}), device="cpu")
+""", "third batch")  # fmt: skip
+    with pytest.raises(DataError, match="judgement of 1 of 7 items, the first is item 6"):
+        traces.distributions(cache, 7)
+    kept = (cache / "journal-0.jsonl").read_bytes()
+    made = risd(student, teacher, images, **{name: value for name, value in section.items() if name != "model"})
+    assert (cache / "journal-0.jsonl").read_bytes().startswith(kept)
+    # what was drawn after the interruption is what would have been drawn without it
+    whole = risd(student, teacher, images, traces=1, batch_size=3, cache=str(tmp_path / "other"))
+    everything = list(range(7))
+    assert torch.equal(made.judge(everything, everything), whole.judge(everything, everything))
 
 
 # ---------------------------------------------------------------------------------------------------------- OPD, dance
@@ -340,6 +471,19 @@ def test_opd_moves_each_token_by_the_difference_of_log_probabilities(student: Pa
     weight = made.student.scorer.model.get_input_embeddings().weight
     a, b = (torch.autograd.grad(x, weight)[0] for x in (output.loss, total))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_opd_counts_the_traces_that_are_empty_and_that_end(student: Path, teacher: Path, tmp_path: Path):
+    made = build("reward_opd", scorer={"model": str(student)}, teacher={"model": str(teacher)},
+                 data={"images": str(write_images(tmp_path, 2))}, objective={"samples": 4})  # fmt: skip
+    batch = made.batch(0, [0, 1])
+    line_break = tuple(made.student.scorer.tokenizer.encode("\n", add_special_tokens=False))
+    # one trace is nothing, one is white space, and two of the eight were cut off
+    given = [Trace((), True), Trace(line_break, True), *[Trace((9, 10), i > 1) for i in range(6)]]
+    with torch.no_grad():
+        teacher_read = made.teacher.read(batch.images, batch.questions, given, tokens=True)
+    metrics = made.step(replace(batch, traces=given, teacher=teacher_read.log_probs)).metrics
+    assert metrics["trace_empty"] == 0.25 and metrics["trace_ended"] == 0.75 and metrics["trace_tokens"] == 13 / 8
 
 
 def test_opd_of_oneself_has_nothing_to_learn(student: Path, tmp_path: Path):
@@ -392,8 +536,13 @@ class Served(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append(body)  # type: ignore[attr-defined]
-        message: dict[str, Any] = {"role": "assistant", "content": "it has a dog<|im_end|>"}
+        server: Any = self.server
+        server.asked.append(body)
+        if server.hold and "a dog 1" in json.dumps(body["messages"]):
+            server.held.set()
+            server.let_go.wait(60)
+        says = "once <think> more" if server.odd and server.odd in json.dumps(body["messages"]) else server.says
+        message: dict[str, Any] = {"role": "assistant", "content": says}
         choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
         if body["messages"][-1]["role"] == "assistant":
             dimension = [name for name in NAMES if body["messages"][-1]["content"].endswith(f"{name}:")]
@@ -412,29 +561,93 @@ class Served(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-def test_a_teacher_on_a_server_fills_the_cache(student: Path, tmp_path: Path):
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Served)
-    httpd.asked = []  # type: ignore[attr-defined]
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("no_proxy", "*")
+    httpd: Any = ThreadingHTTPServer(("127.0.0.1", 0), Served)
+    httpd.daemon_threads = True
+    httpd.asked, httpd.says, httpd.odd, httpd.hold = [], "it has a dog<|im_end|>", None, False
+    httpd.held, httpd.let_go = threading.Event(), threading.Event()
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    try:
-        made = build(
-            "reward_risd", scorer={"model": str(student)}, data={"images": str(write_images(tmp_path, 2))},
-            teacher={"model": "teacher", "server": {"url": f"http://127.0.0.1:{httpd.server_address[1]}/v1"},
-                     "rubric": str(student / "rubric.json"), "cache": str(tmp_path / "cache"), "traces": 2},
-        )  # fmt: skip
-    finally:
-        httpd.shutdown()
-        httpd.server_close()
+    yield httpd
+    httpd.let_go.set()
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def from_server(served: Any, student: Path, images: Path, cache: Path, **options: Any) -> dict[str, Any]:
+    """Sections of a recipe with a teacher on the server."""
+    url = f"http://127.0.0.1:{served.server_address[1]}/v1"
+    teacher = {"model": "teacher", "server": {"url": url, **options.pop("server", {})}, "cache": str(cache),
+               "rubric": str(student / "rubric.json"), **options}  # fmt: skip
+    return {"scorer": {"model": str(student)}, "data": {"images": str(images)}, "teacher": teacher}
+
+
+def test_a_teacher_on_a_server_fills_the_cache(student: Path, served: Any, tmp_path: Path):
+    images, cache = write_images(tmp_path, 2), tmp_path / "cache"
+    made = build("reward_risd", **from_server(served, student, images, cache, traces=2))
     batch = made.batch(0, [0, 1])
     assert batch.teacher.shape == (2, 4, 2, 9)
     assert batch.teacher.argmax(-1)[0, :, 0].tolist() == [0, 1, 2, 3]
     torch.testing.assert_close(batch.teacher[0, 2, 1, 2], torch.tensor(0.6))
-    first = next(body for body in httpd.asked if body["messages"][-1]["role"] == "user")
+    first = next(body for body in served.asked if body["messages"][-1]["role"] == "user")
     text = [part["text"] for part in first["messages"][0]["content"] if part["type"] == "text"]
     assert text in ([" a dog 0 rate alignment"], [" a dog 0 rate realism"], [" a dog 0 rate aesthetics"],
                     [" a dog 0 rate plausibility"])  # fmt: skip
-    row = json.loads((tmp_path / "cache/journal-0.jsonl").read_text().splitlines()[0][9:])
+    row = json.loads((cache / "journal-0.jsonl").read_text().splitlines()[0][9:])
     assert row["traces"][0] == ["it has a dog"] * 2 and row["tokens"][0] == [5, 5]
+
+
+def test_an_empty_trace_of_a_served_teacher_is_a_judgement_too(
+    student: Path, served: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    served.says = "<|im_end|>"
+    images, cache = write_images(tmp_path, 2), tmp_path / "cache"
+    made = build("reward_risd", **from_server(served, student, images, cache, traces=2))
+    assert made.batch(0, [0, 1]).teacher.isfinite().all()
+    assert "16 traces of 5.0 tokens on average; 16 are empty and 0 were cut off" in capsys.readouterr().err
+
+
+def test_what_a_server_could_not_say_is_named_with_its_reason(
+    student: Path, served: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    served.says = "once <think> more"
+    images = write_images(tmp_path, 2)
+    with pytest.raises(DataError, match="more than the 50% allowed: the trace writes <think> again"):
+        build("reward_risd", **from_server(served, student, images, tmp_path / "all"))
+    # one picture of twelve: few enough to go on without it
+    served.says, served.odd = "it has a dog<|im_end|>", "a dog 3 rate realism"
+    images = write_images(tmp_path, 12)
+    made = build("reward_risd", **from_server(served, student, images, tmp_path / "some"))
+    assert made.judge([0], [6]).isnan().any(-1).flatten().tolist() == [False, True, False, False]
+    said = capsys.readouterr().err
+    assert "2 of 48 judgements could not be read and are left out" in said
+    names = "item 6 (6.png) in realism; item 7 (7.png) in realism"
+    assert f"because the trace writes <think> again: 2 ({names})" in said
+
+
+def test_killed_while_a_server_answers_loses_the_pictures_in_flight_at_most(student: Path, served: Any, tmp_path: Path):
+    """Of a batch of six pictures two are judged when the third has to wait: they are on disk."""
+    images, cache = write_images(tmp_path, 6), tmp_path / "cache"
+    served.hold = True
+    sections = from_server(served, student, images, cache, traces=1, batch_size=6, server={"concurrency": 1})
+    code = f"""
+from rewardtune.build import build_task
+from rewardtune.recipe.sections import TASKS
+recipe = {{"task": "reward_risd", "train": {{"steps": 1}}, **{sections!r}}}
+build_task(TASKS["reward_risd"].model_validate(recipe), device="cpu")
+"""
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        assert served.held.wait(120)
+        os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match="judgement of 4 of 6 items, the first is item 2"):
+        traces.distributions(cache, 6)
+    served.hold, before = False, len(served.asked)
+    served.let_go.set()
+    build("reward_risd", **sections)
+    # a trace and a score for each dimension of the four pictures that are lacking
+    assert len(served.asked) - before == 4 * 4 * 2
+    assert len(traces.distributions(cache, 6)) == 6
 
 
 def test_a_served_teacher_without_a_cache_is_refused(student: Path):

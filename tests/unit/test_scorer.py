@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,21 +14,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from rewardtune.rewards.zreward import ZReward
-from tiny_scorer import LEVELS, NAMES, PROMPTS, RUBRIC, pictures, tokenizer, write_scorer
+from tiny_scorer import COMPARISON, LEVELS, NAMES, PROMPTS, RUBRIC, THINKING, pictures, tokenizer, write_scorer
 from transformers import Qwen3_5ForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from rewardtune.data.images import to_tensor
+from rewardtune.data.images import resize, to_tensor
 from rewardtune.data.records import PreferenceGroup, RatedImage, write_records
 from rewardtune.errors import DataError, RecipeError
-from rewardtune.recipe.sections import RewardSftRecipe
+from rewardtune.recipe.sections import RewardSftRecipe, ScorerSection, TeacherSection, TrainSection
 from rewardtune.scorer import export
 from rewardtune.scorer.evaluate import evaluate_groups
 from rewardtune.scorer.model import Scorer, load_scorer, save_scorer
 from rewardtune.scorer.patches import Geometry, patchify
 from rewardtune.scorer.rubric import Rubric, load_rubric, reading
 from rewardtune.scorer.targets import target_maker
+from rewardtune.scorer.trainable import trainable_scorer
 from rewardtune.tasks.reward_sft import RewardSft, build_reward_sft, rated_rows
 from rewardtune.types import Prompt
 
@@ -287,6 +290,159 @@ def test_weights_stored_in_bfloat16_load_in_the_dtype_asked_for(tmp_path: Path):
     assert load_scorer(tmp_path, dtype=torch.bfloat16).distribution(pictures(1), ["a cat"]).dtype == torch.float32
 
 
+def other_rubric(folder: Path, **changes: Any) -> Path:
+    (folder / "other.json").write_text(json.dumps({**RUBRIC, **changes}))
+    return folder / "other.json"
+
+
+HALVES = [{"token": text, "value": 1 + k / 2} for k, text in enumerate(LEVELS)]
+FIVE = [{"token": text, "value": 1.0 + k} for k, text in enumerate("12345")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"levels": FIVE}, r"the levels \(trained with 1 = 1, 2 = 1.5, .* 9 = 5; here 1 = 1, 2 = 2, .*, 5 = 5\)"),
+        # the same values under other tokens
+        ({"levels": [{**one, "token": "abcdefghi"[k]} for k, one in enumerate(HALVES)]}, "here a = 1, b = 1.5"),
+        ({"dimensions": [*NAMES[:3], "fun"]}, "the dimensions .*plausibility; here .*aesthetics, fun"),
+        ({"reads": [f" {name}=" for name in NAMES]}, r"reads \(trained with ' alignment: \| .*; here ' alignment= "),
+        ({"template": RUBRIC["template"].replace(" {prompt}", " Rate {prompt}")}, "template .*vision_end.*here .*Rate"),
+    ],
+)  # fmt: skip
+def test_a_rubric_that_does_not_match_the_checkpoint_is_refused(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], named: str, capsys: pytest.CaptureFixture[str]
+):
+    other = other_rubric(tmp_path, **changes)
+    with pytest.raises(RecipeError, match=f"made for another rubric: .*{named}") as caught:
+        ZReward.load(ZReward.Config(checkpoint=str(folder), rubric=str(other)), device="cpu")
+    assert "reward 'zreward': checkpoint" in str(caught.value) and "scorer.rubric in a recipe" in str(caught.value)
+    # training is what makes it fit, and says that it has to
+    recipe = ScorerSection(model=str(folder), rubric=str(other))
+    found = trainable_scorer(recipe, train=TrainSection(steps=1), device="cpu")
+    assert found.rubric == load_rubric(other)
+    assert "Training makes it fit the new one" in capsys.readouterr().err
+
+
+def test_criteria_count_where_a_prompt_holds_them(folder: Path, tmp_path: Path):
+    def criteria(judges: str) -> dict[str, Any]:
+        return {name: {"judges": judges, "anchors": {"5": "good", "1": "bad"}} for name in NAMES}
+
+    told = {**RUBRIC, "criteria": criteria("faults"), "template": RUBRIC["template"] + " {criteria}"}
+    made = shutil.copytree(folder, tmp_path / "made")
+    (made / "rubric.json").write_text(json.dumps(told))
+    other = other_rubric(tmp_path, **{**told, "criteria": criteria("beauty")})
+    with pytest.raises(RecipeError, match="the criteria of alignment, realism, aesthetics, plausibility differ"):
+        load_scorer(made, rubric=other)
+    # without them in the prompt they are not said, and cannot be wrong
+    load_scorer(folder, rubric=other_rubric(tmp_path, criteria=criteria("beauty")))
+
+
+def test_a_rubric_of_another_temperature_or_with_more_parts_is_no_other(folder: Path, tmp_path: Path):
+    warm = other_rubric(tmp_path, temperature=2.0, thinking=THINKING, comparison=COMPARISON)
+    images = pictures(1)
+    hot, cold = load_scorer(folder, rubric=warm), load_scorer(folder)
+    torch.testing.assert_close(hot.logits(images, ["a cat"]) * 2, cold.logits(images, ["a cat"]))
+    assert hot.rubric.thinking is not None
+
+
+def test_a_base_without_a_rubric_takes_any(folder: Path, tmp_path: Path):
+    base = shutil.copytree(folder, tmp_path / "base")
+    (base / "rubric.json").unlink()
+    assert load_scorer(base, rubric=other_rubric(tmp_path, levels=FIVE)).rubric.values == (1, 2, 3, 4, 5)
+
+
+def test_an_export_knows_its_rubric_when_its_file_was_exchanged(folder: Path, tmp_path: Path):
+    task, out = new_task(folder, rated(tmp_path, [full(1.0), full(5.0)])), tmp_path / "export"
+    out.mkdir()
+    task.export(out, {"name": "try"})
+    assert "rubric" not in (out / "README.md").read_text().partition("| | |")[2]
+    (out / "rubric.json").write_text(other_rubric(tmp_path, levels=FIVE).read_text())
+    with pytest.raises(RecipeError, match=r"read with .*rubric\.json, and was made for another rubric: the levels"):
+        load_scorer(out)
+    (out / "rubric.json").write_text(json.dumps({**RUBRIC, "temperature": 3.0}))
+    assert load_scorer(out).rubric.temperature == 3.0
+    facts = json.loads((out / "rewardtune.json").read_text())
+    (out / "rewardtune.json").write_text(json.dumps({**facts, "rubric": "{"}))
+    with pytest.raises(RecipeError, match=r"rewardtune\.json is damaged .* Export the run again"):
+        load_scorer(out)
+    # exports from before it was written down have their rubric.json
+    del facts["rubric"]
+    (out / "rewardtune.json").write_text(json.dumps(facts))
+    assert load_scorer(out).rubric.temperature == 3.0
+    with pytest.raises(RecipeError, match="made for another rubric: the levels"):
+        load_scorer(out, rubric=tmp_path / "other.json")
+
+
+def wide(folder: Path, to: Path, *, low: int = 64, high: int = 4096) -> Path:
+    """A copy of a scorer that takes pictures of 1 to 64 image tokens, 64 pixels each."""
+    made = shutil.copytree(folder, to)
+    file = made / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "size": {"shortest_edge": low, "longest_edge": high}}))
+    return made
+
+
+def test_the_budget_of_image_tokens_is_kept_and_its_pixels_have_gradients(folder: Path, tmp_path: Path):
+    made = wide(folder, tmp_path / "wide")
+    reward = ZReward.load(ZReward.Config(checkpoint=str(made), max_pixels=64 * 9), device="cpu")
+    images = pictures(2, size=(64, 48)).requires_grad_()
+    rows, grid = patchify(images, reward.scorer.geometry)
+    # 48 x 64 pixels would be 48 tokens; nine hold 24 x 16 of the same shape
+    assert grid.tolist() == [[1, 6, 4]] * 2 and len(rows) == 2 * 24
+    reward.score(images, PROMPTS[:2]).value.sum().backward()
+    assert images.grad is not None and all((g != 0).float().mean() > 0.99 for g in images.grad)
+    # it is the scorer's own answer about the picture of that size
+    small = resize(images.detach(), (24, 16))
+    found, wanted = reward.scorer.distribution(images, PROMPTS[:2]), load_scorer(made).distribution(small, PROMPTS[:2])
+    torch.testing.assert_close(found.detach(), wanted, atol=1e-6, rtol=0)
+    least = ZReward.load(ZReward.Config(checkpoint=str(made), min_pixels=64 * 36), device="cpu")
+    assert patchify(pictures(1, size=(16, 16)), least.scorer.geometry)[1].tolist() == [[1, 12, 12]]
+
+
+def test_an_export_keeps_the_bounds_that_it_was_trained_with(folder: Path, tmp_path: Path):
+    write_records(rated(tmp_path, [full(1.0), full(5.0)]), tmp_path / "records.jsonl")
+    recipe = RewardSftRecipe.model_validate({
+        "task": "reward_sft", "train": {"steps": 1}, "data": {"records": str(tmp_path / "records.jsonl")},
+        "scorer": {"model": str(wide(folder, tmp_path / "wide")), "min_pixels": 128, "max_pixels": 64 * 9},
+    })  # fmt: skip
+    task, out = build_reward_sft(recipe, device="cpu"), tmp_path / "export"
+    out.mkdir()
+    task.export(out, {})
+    reward = ZReward.load(ZReward.Config(checkpoint=str(out)), device="cpu")
+    assert (reward.scorer.geometry.min_pixels, reward.scorer.geometry.max_pixels) == (128, 576)
+    images = pictures(1, size=(64, 48))
+    wanted = task.scorer.distribution(images, PROMPTS[:1]).detach()
+    torch.testing.assert_close(reward.scorer.distribution(images, PROMPTS[:1]), wanted, atol=1e-6, rtol=0)
+    # a training that starts from it keeps them, too
+    again = trainable_scorer(ScorerSection(model=str(out)), train=TrainSection(steps=1), device="cpu")
+    assert again.geometry == task.scorer.geometry
+
+
+def test_bounds_of_a_model_that_was_not_trained_here_end_at_1024_image_tokens(folder: Path, tmp_path: Path):
+    vast = wide(folder, tmp_path / "vast", high=4096 * 4096)
+    assert load_scorer(vast).geometry.max_pixels == 1024 * 64
+    assert load_scorer(vast, max_pixels=2048 * 64).geometry.max_pixels == 2048 * 64
+    # what was trained with more keeps it: its scores would be others
+    (vast / "rewardtune.json").write_text("{}")
+    assert load_scorer(vast).geometry.max_pixels == 4096 * 4096
+    # one bound moves the other along where that is not given
+    fixed = load_scorer(folder, max_pixels=128).geometry
+    assert (fixed.min_pixels, fixed.max_pixels) == (128, 128)
+    fixed = load_scorer(folder, min_pixels=1024).geometry
+    assert (fixed.min_pixels, fixed.max_pixels) == (1024, 1024)
+
+
+def test_bounds_that_no_picture_meets_are_refused(folder: Path):
+    with pytest.raises(RecipeError, match=r"reward 'zreward': .*min_pixels 512 is above max_pixels 256; swap"):
+        ZReward.load(ZReward.Config(checkpoint=str(folder), min_pixels=512, max_pixels=256), device="cpu")
+    with pytest.raises(RecipeError, match="max_pixels 63 is less than one image token, which takes 64 pixels"):
+        load_scorer(folder, max_pixels=63)
+    with pytest.raises(ValidationError, match="min_pixels 512 is above max_pixels 256"):
+        ScorerSection(model="x", min_pixels=512, max_pixels=256)
+    with pytest.raises(ValidationError, match="a server cuts pictures itself"):
+        TeacherSection.model_validate({"model": "x", "server": {"url": "http://h/v1"}, "cache": "c", "max_pixels": 256})
+
+
 def test_what_is_no_scorer_is_refused(tmp_path: Path):
     with pytest.raises(RecipeError, match="no such folder"):
         load_scorer(tmp_path / "nothing")
@@ -358,7 +514,7 @@ def trained(task: RewardSft, steps: int, lr: float = 3e-3) -> list[float]:
 def new_task(folder: Path, groups: list[PreferenceGroup], target: str = "two-hot", **changes: Any) -> RewardSft:
     scorer = load_scorer(folder)
     scorer.model.requires_grad_(True)
-    rows = rated_rows(groups, target_maker(target, scorer.rubric))
+    rows = rated_rows(groups, target_maker(target, scorer.rubric), scorer.rubric)
     return RewardSft(scorer, rows=rows, seed=0, base=str(folder), **changes)
 
 

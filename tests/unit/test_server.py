@@ -22,6 +22,7 @@ from PIL import Image
 from rewardtune.data.images import to_pil
 from rewardtune.errors import DataError, NonFiniteError, RecipeError
 from rewardtune.scorer import server
+from rewardtune.scorer.rubric import load_rubric
 from rewardtune.scorer.server import Conversation, Judgement, ServerJudge, Unscorable
 
 LEVELS = (*"123456789",)
@@ -409,8 +410,9 @@ def test_where_servers_put_the_reasoning(stub: Stub, message: dict[str, Any], fi
 @pytest.mark.parametrize(
     ("fault", "reason", "attempts"),
     [
-        (changed(message={"content": " \n</think>"}), "the trace is empty", 3),
-        (changed(message={"content": None, "reasoning": None}), "the trace is empty", 3),
+        # twelve tokens were sampled, and the server shows none of them
+        (changed(message={"content": None, "reasoning": None}), "the answer has no text", 3),
+        (changed(message={"content": ""}, finish_reason="length"), "the answer has no text", 3),
         (changed(message={"content": [1]}), "not text", 3),
         (changed(message=None), "no message", 3),
         (changed(finish_reason="abort"), "finished with 'abort'", 3),
@@ -422,6 +424,56 @@ def test_a_trace_that_is_none(stub: Stub, fault: Fault, reason: str, attempts: i
     ((one,),) = judge(stub, unscorable_share=1.0).judge(ITEMS[:1], traces=1, seed=1)
     assert isinstance(one, Unscorable) and reason in one.reason and "\n" not in one.reason
     assert len(stub.asked) == attempts
+
+
+@pytest.mark.parametrize(("finish", "tokens", "content"), [
+    ("stop", 12, " \n</think>"), ("stop", 2, None), ("length", 40, "\n \n"), ("stop", 2, "</think>"),
+])  # fmt: skip
+def test_an_empty_trace_is_closed_and_judged(stub: Stub, finish: str, tokens: int, content: str | None) -> None:
+    def empty(handler: Handler, good: dict[str, Any]) -> dict[str, Any]:
+        answer = changed(message={"content": content, "reasoning": None}, finish_reason=finish)(handler, good)
+        assert answer is not None
+        return answer | {"usage": {"completion_tokens": tokens}}
+
+    stub.always["trace"] = empty
+    ((one,),) = judge(stub).judge(ITEMS[:1], traces=1, seed=1)
+    assert isinstance(one, Judgement)
+    assert (one.trace, one.ended, one.tokens) == ("", finish == "stop", tokens)
+    assert one.probabilities == pytest.approx(expected(""))
+
+
+def test_no_text_and_no_count_is_no_empty_trace(stub: Stub) -> None:
+    def hidden(handler: Handler, good: dict[str, Any]) -> dict[str, Any]:
+        answer = changed(message={"content": None})(handler, good)
+        assert answer is not None
+        return {"choices": answer["choices"]}
+
+    stub.always["trace"] = hidden
+    ((one,),) = judge(stub, unscorable_share=1.0).judge(ITEMS[:1], traces=1, seed=1)
+    assert isinstance(one, Unscorable) and "no text" in one.reason
+
+
+@pytest.mark.parametrize("trace", ["it has a dog", ""])
+def test_qwens_templates_find_the_message_to_continue(stub: Stub, trace: str) -> None:
+    """The shipped rubric's closing text through a template that splits reasoning off as Qwen3.5's does, rendered by
+    transformers, as vLLM does it: a message that is not found again is refused."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = (
+        "{% for m in messages %}{% set told, said = '', m.content %}{% if '</think>' in said %}"
+        "{% set told = said.split('</think>')[0].split('<think>')[-1]|trim %}"
+        "{% set said = said.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+        "<|im_start|>{{ m.role }}\n<think>\n{{ told }}\n</think>\n\n{{ said }}<|im_end|>\n{% endfor %}"
+    )
+    close = load_rubric().thinking.close  # type: ignore[union-attr]
+    stub.close_text = f"\n{close}"
+    stub.always["trace"] = changed(message={"content": f"{trace}\n</think>"})
+    thinking = Conversation(THINKING.question, close, READS, LEVELS, THINKING.system)
+    ((one,),) = judge(stub, thinking=thinking).judge(ITEMS[:1], traces=1, seed=1)
+    assert isinstance(one, Judgement) and one.trace == trace
+    message = stub.asked[-1][1]["messages"][-1]
+    ((text,), _) = render_jinja_template([[message]], chat_template=template, continue_final_message=True)
+    assert text == f"<|im_start|>assistant\n<think>\n{trace}\n</think>\n\n{READS[0]}"
 
 
 def test_a_server_that_counts_no_tokens(stub: Stub) -> None:
