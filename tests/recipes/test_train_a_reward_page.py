@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/train-a-reward.md").read_text()
@@ -37,6 +38,38 @@ def test_every_command_works_when_pasted(tmp_path: Path):
     assert teacher["base"] == "pocket:teacher-base" and student["base"] == "pocket:student-base"
     book = json.loads((tmp_path / "runs/teacher/judgements/book.json").read_text())
     assert book["teacher"] == "runs/teacher/export" and book["items"] == 12
+
+
+def test_the_commands_within_its_text_work(tmp_path: Path):
+    inside = re.findall(r"`((?:rewardtune|python|vllm) [^`]*)`", re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL))
+    inside = [" ".join(line.split()) for line in inside]
+    # `evaluate` is run with all that it needs above, the table takes hours and has a test of its own, vLLM wants a GPU
+    elsewhere = {"rewardtune evaluate", "python dev/pocket/zreward_table.py run", "vllm serve",
+                 "vllm serve runs/teacher/export --served-model-name teacher"}  # fmt: skip
+    assert set(inside) - elsewhere == {"rewardtune recipes list", "rewardtune data import"}
+
+    def run(line: str) -> str:
+        words = [sys.executable, "-m", *shlex.split(line)]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    # "shows both kinds"
+    listed = run("rewardtune recipes list")
+    assert all(name in listed for name in ("pocket/teacher-gdso", "pocket/student-risd", "zreward/teacher-27b-gdso",
+                                           "zreward/student-9b-risd"))  # fmt: skip
+    # a public set comes in, and what the page does next with records takes it
+    rows = []
+    for i in range(4):
+        Image.new("RGB", (64, 64), (60 * i, 90, 30)).save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "prompt_id": f"p{i // 2}", "prompt": "a fox", "rank": 1 + i % 2,
+                     "overall_rating": 7 - i, "image_text_alignment_rating": 6 - i, "fidelity_rating": 4})  # fmt: skip
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    run("rewardtune data import imagerewarddb train.json --out imported")
+    (evaluate,) = [line for line in COMMANDS if line.startswith("rewardtune evaluate --scorer pocket:teacher-base")]
+    found = json.loads(run(re.sub(r"--data \S+", "--data imported/records.jsonl", evaluate) + " --json"))
+    assert found["images"] == 4 and found["dimensions"]["alignment"]["pairs"] == 2
 
 
 def test_its_yaml_is_a_recipes():

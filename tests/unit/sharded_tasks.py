@@ -115,6 +115,7 @@ def split(task: Any, state: Any) -> dict[str, Any]:
     moments = [t for values in state.optimizer.state.values() for t in values.values() if t.ndim]
     kinds = {
         "all": [p for module in task.trainable.values() for p in module.parameters()],
+        "frozen": [p for module in getattr(task, "frozen", {}).values() for p in module.parameters()],
         "trained": list(state.parameters.values()), "optimizer": moments,
         "ema": list(state.ema.average.values()) if state.ema else [],
     }  # fmt: skip

@@ -17,7 +17,7 @@ from rewardtune.errors import RecipeError
 from rewardtune.scorer.comparison import load_comparer
 from rewardtune.scorer.model import Scorer, load_scorer
 from rewardtune.scorer.reasoning import Question, Trace, load_reasoner
-from rewardtune.scorer.rubric import Rubric, load_rubric, reading
+from rewardtune.scorer.rubric import Rubric, filled, load_rubric, reading
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,23 @@ def test_the_shipped_rubrics_levels_are_single_tokens_where_they_are_read(words:
     assert words.decode([reasoner.reading.stop]) == "</think>"
     for name, closing in zip(scorer.dimensions, reasoner.reading.closings, strict=True):
         assert words.decode(list(closing)) == f"</think>\n\n{name}="
+
+
+@pytest.mark.parametrize("prompt", ["a fox", "two cats, 3.5 metres apart\nand a dog"])
+def test_questions_are_the_tokens_of_their_text(words: Qwen3_5Tokenizer, scorer: Scorer, prompt: str):
+    """Cut into pieces or read whole, as a server reads it; `test_chat_templates.py` has the text."""
+    rubric = load_rubric()
+    assert rubric.thinking is not None
+    frames = load_reasoner(scorer).reading.frames
+    asked = [(scorer.reading.frame, filled(rubric, rubric.template, rubric.dimensions) + rubric.reads[0])]
+    asked += [(frame, filled(rubric, rubric.thinking.template, [name]))
+              for frame, name in zip(frames, rubric.dimensions, strict=True)]  # fmt: skip
+    # the other reads are cut off by themselves: no level stands between them
+    others = [i for read in rubric.reads[1:] for i in words.encode(read, add_special_tokens=False)]
+    for frame, text in asked:
+        whole = text.replace("{prompt}", prompt).replace("{image}", "<|image_pad|>" * 6)
+        rest = others if frame is scorer.reading.frame else []
+        assert scorer.tokens(frame, prompt, 6) == words.encode(whole, add_special_tokens=False) + rest
 
 
 def test_the_shipped_rubric_asks_for_yes_or_no_in_single_tokens(words: Qwen3_5Tokenizer, scorer: Scorer):

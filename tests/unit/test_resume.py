@@ -82,6 +82,11 @@ def recipes(root: Path) -> dict[str, Any]:
             **judge, "task": "reward_risd", "data": {"images": str(root / "records.jsonl")},
             "teacher": {"model": str(root / "reasoner"), "cache": str(root / "judgements"), "traces": 2},
         },
+        # without a cache every visit is a new judgement, which a resumed run must draw again as it was
+        "reward-risd-live": {
+            **judge, "task": "reward_risd", "data": {"images": str(root / "records.jsonl")},
+            "teacher": {"model": str(root / "reasoner"), "traces": 2},
+        },
         "reward-dance-pairs": {
             **judge, "task": "reward_dance", "scorer": {"model": str(root / "comparer")},
             "data": {"records": str(root / "records.jsonl")}, "objective": {"form": "pairwise"},
@@ -115,7 +120,7 @@ def results(root: Path) -> dict[int, Any]:
 
 CASES = ["sft-lora-bf16", "sft-full", "draft", "draft-bf16", "refl", "draft_lv", "alignprop", "drtune", "direct_align",
          "flowbp_sparse", "reward-sft", "reward-gdso", "reward-gdso-two-updates",
-         "reward-risd", "reward-dance-pairs", "reward-opd"]  # fmt: skip
+         "reward-risd", "reward-risd-live", "reward-dance-pairs", "reward-opd"]  # fmt: skip
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -34,12 +34,17 @@ def cases(root: Path) -> dict[str, Any]:
     tiny.z_image().save_pretrained(root / "pipeline")
     tiny_scorer.write_scorer(root / "scorer", layers=["linear_attention", "full_attention"])
     tiny_scorer.write_reasoner(root / "reasoner", layers=["linear_attention", "full_attention"])
+    tiny_scorer.write_comparer(root / "comparer", layers=["linear_attention", "full_attention"])
+    tiny_scorer.write_reasoner(root / "teacher", layers=["full_attention"])
+    sharp = json.loads((root / "reasoner/rubric.json").read_text()) | {"temperature": 0.05}
+    (root / "sharp.json").write_text(json.dumps(sharp))
     captions, records = [], []
     for index, picture in enumerate(to_pil(torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)))):
         picture.save(root / f"{index}.png")
         captions.append({"image": f"{index}.png", "caption": ["a dog", "red cat", "two birds"][index % 3]})
         scores = dict.fromkeys(["alignment", "realism", "aesthetics", "plausibility"], 1.0 + index / 2)
-        records.append({"group": str(index // 2), "prompt": "a dog", "image": f"{index}.png", "scores": scores})
+        said = {"scores": scores} | ({"critique": "a dog is missing"} if index % 2 else {})
+        records.append({"group": str(index // 2), "prompt": "a dog", "image": f"{index}.png", **said})
     (root / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
     (root / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (root / "prompts.txt").write_text("a dog\nred cat\ntwo birds\n")
@@ -55,6 +60,7 @@ def cases(root: Path) -> dict[str, Any]:
     whole, lora = scorer(lora=False), scorer(lora=True)
     diffusion = {**whole, "pipeline": {"model": str(root / "pipeline")}}
     diffusion = {name: part for name, part in diffusion.items() if name not in ("scorer", "data")}
+    distilled = {**whole, "data": {"images": str(root / "records.jsonl")}}
     broken = {**whole["train"], "accumulation": 2}
     # Of 4 samples the first two are rank 0's; with two micro-batches the last of each process is its second.
     return {
@@ -90,15 +96,34 @@ def cases(root: Path) -> dict[str, Any]:
                 "train": {**whole["train"], "gradient_checkpointing": True},
             },
         },
-        # processes write traces of different lengths, and every step has another reference
+        # Processes write traces of different lengths, and every second step has another reference. Advantages divide
+        # by the spread of a group's rewards, so rounding counts for more the more alike these are: with both rewards
+        # of equal weight they cancel to the last bit wherever a step towards the rating is one away from the gap. A
+        # sharp scorer and unequal weights keep the groups apart.
         "gdso": {
             "recipe": {
-                **whole, "task": "reward_gdso", "scorer": {"model": str(root / "reasoner")},
+                **whole, "task": "reward_gdso",
+                "scorer": {"model": str(root / "reasoner"), "rubric": str(root / "sharp.json")},
                 "optimizer": {"lr": 1e-4, "schedule": "constant", "warmup_steps": 0},
                 "objective": {"kl": 0.5, "reference_every": 1, "updates_per_rollout": 2, "clip": 0.2,
-                              "group_size": 4},
+                              "group_size": 4, "pairwise_reward": 0.5},
             },
             "stops": True, "changes": True,
+        },
+        # OPD's student writes, and its teacher reads, while they are split
+        "risd": {"recipe": {**distilled, "task": "reward_risd", "teacher": {"model": str(root / "teacher")}}},
+        "opd": {
+            "recipe": {
+                **distilled, "task": "reward_opd", "scorer": {"model": str(root / "reasoner")},
+                "teacher": {"model": str(root / "teacher")}, "objective": {"samples": 2},
+            },
+        },
+        "dance": {"recipe": {**whole, "task": "reward_dance"}},
+        "dance-pairs": {
+            "recipe": {
+                **whole, "task": "reward_dance", "scorer": {"model": str(root / "comparer")},
+                "objective": {"form": "pairwise"},
+            },
         },
         "run": {"whole run": True, "recipe": scorer(lora=True, ema_decay=0.9)},
     }  # fmt: skip
@@ -130,9 +155,6 @@ def last(folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_alike(one: Path, other: Path, *, tolerance: float) -> None:
     """Losses, gradient norms and every tensor of the newest checkpoints agree."""
-    if "gdso" in one.parts:
-        # advantages magnify the rounding where the rewards of a group are nearly equal
-        tolerance *= 100
     a, b = numbers(one), numbers(other)
     assert len(a) == len(b) > 0
     for mine, theirs in zip(a, b, strict=True):
@@ -142,10 +164,13 @@ def assert_alike(one: Path, other: Path, *, tolerance: float) -> None:
     mine_all, theirs_all = last(one), last(other)
     assert mine_all.keys() == theirs_all.keys()
     for name, tensor in mine_all.items():
-        assert torch.allclose(tensor, theirs_all[name], rtol=tolerance, atol=tolerance), name
+        # Measured: 9e-6, of rewards that agree to 1e-7 in groups whose spread may be a hundredth. No loss shows it.
+        bound = 10 * tolerance if name.endswith(".advantages") else tolerance
+        assert torch.allclose(tensor, theirs_all[name], rtol=bound, atol=bound), name
 
 
-CASES = ["tiny", "scorer-full", "scorer-lora", "pieces-full", "pieces-lora-half", "draft", "sft-full", "gdso"]
+CASES = ["tiny", "scorer-full", "scorer-lora", "pieces-full", "pieces-lora-half", "draft", "sft-full", "gdso", "risd",
+         "opd", "dance", "dance-pairs"]  # fmt: skip
 HALF = ["scorer-lora-bf16", "scorer-full-bf16"]
 SKIPS = ["tiny-skips", "pieces-skips"]
 
@@ -153,15 +178,16 @@ SKIPS = ["tiny-skips", "pieces-skips"]
 @pytest.mark.parametrize("case", [*CASES, *HALF, *SKIPS])
 def test_parameters_moments_and_averages_are_split_in_half(ran: Any, case: str) -> None:
     found = [rank[case]["split"] for rank in ran[1]]
-    for name in ("all", "trained", "optimizer", "ema"):
+    for name in ("all", "trained", "frozen", "optimizer", "ema"):
         total = found[0][name]["total"]
         assert all(rank[name]["sharded"] and rank[name]["total"] == total for rank in found)
         # Tiny tensors of odd length make the halves uneven.
         assert found[0][name]["here"] + found[1][name]["here"] == total
         assert not total or 0.5 <= found[0][name]["here"] / total < 0.56
+    assert bool(found[0]["frozen"]["total"]) == (case == "opd")
     # The tiny task has two modules without blocks; a scorer two layers, two of vision, and what is left of it.
     kind = case.partition("-")[0]
-    assert found[0]["groups"] == {"tiny": 2, "scorer": 5, "pieces": 5, "draft": 5, "sft": 8, "gdso": 5}[kind]
+    assert found[0]["groups"] == {"tiny": 2, "sft": 8}.get(kind, 5)
 
 
 @pytest.mark.parametrize("case", CASES)
