@@ -49,6 +49,8 @@ def test_a_recipe_of_real_size_says_first_what_it_needs(name):
     # what the header counts on
     recipe = load_recipe(name).recipe
     assert recipe.scorer.dtype == "bfloat16" and recipe.scorer.lora and recipe.train.gradient_checkpointing
+    # 1,024 tokens a picture; what a teacher in process was trained with stands in its export
+    assert recipe.scorer.max_pixels == 1024 * 32 * 32
 
 
 def test_every_size_has_its_baselines():
