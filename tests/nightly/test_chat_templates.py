@@ -42,3 +42,17 @@ def test_answers_are_rendered_as_noted(name: str):
         # as one text, which is how a trace goes back to a server
         whole = f"<think>\n{reasoning}</think>\n\nANSWER"
         assert rendered(name, [*ONE, {"role": "assistant", "content": whole}]) == ASKED + text
+
+
+@pytest.mark.parametrize("name", [name for name in OPENS if name != "qwen3_vl"])
+@pytest.mark.parametrize("trace", ["it has a dog", "", "it has\n\na dog, and"])
+def test_a_trace_goes_back_to_a_server_as_it_was_written(name: str, trace: str):
+    """What `scorer/server.py` sends to be continued, which vLLM refuses where the template changes it."""
+    back = {"role": "assistant", "content": f"<think>\n{trace}\n</think>\n\nalignment="}
+    found = rendered(name, [*ONE, back], continue_final_message=True, enable_thinking=True)
+    assert found == f"{ASKED}<think>\n{trace}\n</think>\n\nalignment="
+    # without the line break, which the template writes by itself, it is not found again
+    joined = {"role": "assistant", "content": f"<think>\n{trace}</think>\n\nalignment="}
+    if trace:
+        with pytest.raises(ValueError, match="does not appear in the chat"):
+            rendered(name, [*ONE, joined], continue_final_message=True, enable_thinking=True)
