@@ -92,7 +92,7 @@ def rows() -> list[Row]:
         _control("gdso-no-policy", "without the policy gradient", reasoning=1),
         _control("gdso-parsed", "reward from the score in the text", reasoning=1, curve=True),
         _control("grpo-parsed", "reward from the score in the text", reasoning=1, curve=True),
-        _control("gdso-two-hot", "two-hot targets", reasoning=1),
+        _control("gdso-soft", "targets are the annotators' histograms", reasoning=1),
         _control("sft-soft", "targets are the annotators' histograms"),
         _control("sft-five-levels", "five levels, two-hot targets"),
     ]  # fmt: skip

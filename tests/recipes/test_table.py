@@ -33,7 +33,7 @@ CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
     "gdso-no-policy": (GDSO, {"objective.policy": 0.0, **STUDENT}),
     "gdso-parsed": (GDSO, {"objective.reward": "parsed", **STUDENT}),
     "grpo-parsed": (GRPO, {"objective.reward": "parsed", **STUDENT}),
-    "gdso-two-hot": (GDSO, {"objective.target": "two-hot", **STUDENT}),
+    "gdso-soft": (GDSO, {"objective.target": "histogram", "data.records": JUDGEMENTS + "histograms.jsonl", **STUDENT}),
     "sft-soft": (SFT, {"objective.target": "histogram", "data.records": JUDGEMENTS + "histograms.jsonl", **STUDENT}),
     "sft-five-levels": (
         SFT, {"objective.target": "two-hot", "scorer.rubric": "dev/pocket/five_levels.json", **STUDENT}
