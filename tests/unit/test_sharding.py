@@ -89,6 +89,15 @@ def cases(root: Path) -> dict[str, Any]:
                 "samples": {"prompts": ["a dog"], "every": 2, "steps": 2},
             },
         },
+        # the denoiser is called with and without graph, and with its adapters off, in turn
+        "drtune": {
+            "recipe": {
+                **diffusion, "task": "direct_reward", "lora": {"rank": 2},
+                "data": {"prompts": str(root / "prompts.txt")}, "rollout": {"steps": 4, "guidance_scale": 2.0},
+                "rewards": [{"name": "redness"}, {"name": "redness", "weight": 0.5}], "balance": "gradient",
+                "gradient": {"method": "drtune"}, "regularise": {"velocity": 0.5},
+            },
+        },
         "sft-full": {
             "recipe": {
                 **diffusion, "task": "sft", "full": {"modules": ["transformer", "text_encoder"]},
@@ -153,24 +162,29 @@ def last(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{part}/{name}": tensor for part, some in parts.items() for name, tensor in some.items()}
 
 
-def assert_alike(one: Path, other: Path, *, tolerance: float) -> None:
-    """Losses, gradient norms and every tensor of the newest checkpoints agree."""
+def assert_alike(one: Path, other: Path) -> None:
+    """Losses and all that is logged agree to 1e-6, every tensor of the newest checkpoints to 1e-7."""
+    # Of traces: sums over tokens and several of the model's parts, measured up to 2.5e-6 and, in weights, 6e-7.
+    logged, held = (1e-5, 1e-5) if one.parent.name in TRACES else (1e-6, 1e-7)
     a, b = numbers(one), numbers(other)
     assert len(a) == len(b) > 0
     for mine, theirs in zip(a, b, strict=True):
         assert mine.keys() == theirs.keys()
         for name, value in mine.items():
-            assert value == theirs[name] or value == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), name
+            # Each process adds up the squares of its parts: measured 4.1e-6 of the norm.
+            bound = 1e-5 if name == "grad_norm" else logged
+            assert value == theirs[name] or value == pytest.approx(theirs[name], rel=bound, abs=bound), name
     mine_all, theirs_all = last(one), last(other)
     assert mine_all.keys() == theirs_all.keys()
     for name, tensor in mine_all.items():
         # Measured: 9e-6, of rewards that agree to 1e-7 in groups whose spread may be a hundredth. No loss shows it.
-        bound = 10 * tolerance if name.endswith(".advantages") else tolerance
+        bound = 10 * held if name.endswith(".advantages") else held
         assert torch.allclose(tensor, theirs_all[name], rtol=bound, atol=bound), name
 
 
-CASES = ["tiny", "scorer-full", "scorer-lora", "pieces-full", "pieces-lora-half", "draft", "sft-full", "gdso", "risd",
-         "opd", "dance", "dance-pairs"]  # fmt: skip
+CASES = ["tiny", "scorer-full", "scorer-lora", "pieces-full", "pieces-lora-half", "draft", "drtune", "sft-full", "gdso",
+         "risd", "opd", "dance", "dance-pairs"]  # fmt: skip
+TRACES = ["gdso", "opd", "dance", "dance-pairs"]
 HALF = ["scorer-lora-bf16", "scorer-full-bf16"]
 SKIPS = ["tiny-skips", "pieces-skips"]
 
@@ -193,7 +207,7 @@ def test_parameters_moments_and_averages_are_split_in_half(ran: Any, case: str) 
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_training_gives_the_numbers_of_the_unsharded_run(ran: Any, case: str) -> None:
     folder = ran[0] / case
-    assert_alike(folder / "sharded", folder / "plain", tolerance=1e-5)
+    assert_alike(folder / "sharded", folder / "plain")
     assert all(line["grad_norm"] > 0 and line["skipped"] == 0 for line in numbers(folder / "sharded"))
 
 
@@ -212,7 +226,7 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_both(ran: Any, c
     expected = {"tiny-skips": [0, 1, 2, 3, 3], "pieces-skips": [1, 1, 2]}[case]
     assert [line["skipped"] for line in numbers(folder / "sharded")] == expected
     # Gradients of a micro-batch before the broken one must not reach the next step.
-    assert_alike(folder / "sharded", folder / "plain", tolerance=1e-5)
+    assert_alike(folder / "sharded", folder / "plain")
 
 
 @pytest.mark.parametrize("case", ["tiny", "scorer-lora", "gdso"])
@@ -227,7 +241,7 @@ def test_a_stop_after_every_step_changes_nothing(ran: Any, case: str) -> None:
 def test_a_checkpoint_goes_on_sharded_or_not(ran: Any, case: str) -> None:
     folder = ran[0] / case
     for other in ("sharded-then-plain", "plain-then-sharded"):
-        assert_alike(folder / other, folder / "plain", tolerance=1e-5)
+        assert_alike(folder / other, folder / "plain")
 
 
 def test_a_run_evaluates_exports_and_draws_samples(ran: Any) -> None:
