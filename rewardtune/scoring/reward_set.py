@@ -125,7 +125,7 @@ class RewardSet:
         # a mean over one part of n has a gradient sqrt(n) times as long as the mean over all
         norms = [g.norm() * share**0.5 for g in gradients]
         combined = torch.zeros_like(images)
-        for term, one, norm, share in zip(self.terms, gradients, norms, self.mixing.shares(values), strict=True):
+        for term, one, norm, part in zip(self.terms, gradients, norms, self.mixing.shares(values), strict=True):
             metrics[f"gradient/{term.name}"] = norm.item()
             scale: Tensor | float = 1.0
             if balance == "gradient":
@@ -134,7 +134,7 @@ class RewardSet:
                     # divided by infinity, a reward would be left out without a word
                     scale = torch.full_like(norm, math.nan)
             # a share belongs to an image, and so does its part of the gradient
-            combined = combined + term.weight * scale * share.view(-1, 1, 1, 1) * one
+            combined = combined + term.weight * scale * part.view(-1, 1, 1, 1) * one
         for (a, left), (b, right) in combinations(zip(self.terms, gradients, strict=True), 2):
             cosine = torch.nn.functional.cosine_similarity(left.flatten(), right.flatten(), dim=0)
             metrics[f"cosine/{a.name}/{b.name}"] = cosine.item()
