@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rewardtune.data.images import open_image, read_tensors
 from rewardtune.errors import RecipeError
@@ -22,7 +21,7 @@ from rewardtune.scorer.model import Scorer, load_scorer
 from rewardtune.scorer.reasoning import Reasoner, load_reasoner
 from rewardtune.scorer.rubric import Rubric, around_image, chat, filled, load_rubric
 from rewardtune.scorer.server import Conversation, Judgement, ServerJudge
-from rewardtune.scorer.traces import Item, Row
+from rewardtune.scorer.traces import Item, Judged, Row
 from rewardtune.serving.connection import Unscorable
 from rewardtune.training import runtime
 
@@ -120,8 +119,8 @@ def conversation(rubric: Rubric) -> Conversation:
 
 def judgements(
     section: TeacherSection, *, items: Sequence[Item], student: Rubric, seed: int, device: str
-) -> Callable[[Sequence[int], Sequence[int]], Tensor]:
-    """The teacher's distributions of items, (B, D, R, K): from the cache, which is filled first, or drawn live.
+) -> Callable[[Sequence[int], Sequence[int]], Judged]:
+    """The teacher's judgements of items: from the cache, which is filled first, or drawn live.
 
     Raises RecipeError when teacher and student do not have the same dimensions and levels.
     """
@@ -146,7 +145,7 @@ def judgements(
         teacher = Teacher(scorer, reasoner, section.traces, section.temperature, section.max_tokens, seed)
         weights, pixels = _fingerprint(scorer), [scorer.geometry.min_pixels, scorer.geometry.max_pixels]
     if not section.cache:
-        return lambda indices, chosen: _stacked(teacher.rows(indices, [items[i] for i in chosen]))
+        return lambda indices, chosen: _judged(teacher.rows(indices, [items[i] for i in chosen]))
     # how a rubric compares pictures has no part in a judgement of one
     asked = {"teacher": section.model, "weights": weights, "pixels": pixels, "traces": section.traces,
              "temperature": section.temperature, "max_tokens": section.max_tokens, "seed": seed,
@@ -159,7 +158,7 @@ def judgements(
     found = traces.distributions(folder, len(items))
     if rank == 0 and (said := traces.report(folder, items, rubric.dimensions)):
         print(said, file=sys.stderr)
-    return lambda indices, chosen: found[list(chosen)]
+    return lambda indices, chosen: Judged(found[list(chosen)])
 
 
 def load_teacher(section: TeacherSection, *, student: Rubric, device: str) -> Scorer:
@@ -197,8 +196,9 @@ def check_same(teacher: Rubric, student: Rubric) -> None:
               "teacher's, whatever its own prompt says.", file=sys.stderr)  # fmt: skip
 
 
-def _stacked(rows: Iterable[tuple[int, Row]]) -> Tensor:
-    return torch.tensor([row.distributions for _, row in rows])
+def _judged(said: Iterable[tuple[int, Row]]) -> Judged:
+    rows = [row for _, row in said]
+    return Judged(torch.tensor([row.distributions for row in rows]), traces.figures(rows))
 
 
 def _fingerprint(scorer: Scorer) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,15 @@ class Row:
     tokens: list[list[int]]
     distributions: list[list[list[float] | None]]
     reasons: list[list[str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Judgements that a student learns from. distributions: (B, D, R, K), NaN for what could not be read. figures: of
+    the traces, where they were drawn for this batch; see `Reasoner.figures`."""
+
+    distributions: Tensor
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 Teacher = Callable[[Sequence[int], Sequence[Item]], Iterable[tuple[int, Row]]]
@@ -110,20 +119,32 @@ def distributions(folder: Path, count: int) -> Tensor:
     return found
 
 
+def figures(rows: Iterable[Row]) -> dict[str, float]:
+    """Numbers to log about traces that were read, as `Reasoner.figures` gives them; none where there are none."""
+    read = [one for row in rows for one in _read(row)]
+    if not read:
+        return {}
+    return {
+        "trace_tokens": sum(tokens for _, _, tokens in read) / len(read),
+        "trace_ended": sum(ended for _, ended, _ in read) / len(read),
+        "trace_empty": sum(not text for text, _, _ in read) / len(read),
+    }
+
+
 def report(folder: Path, items: Sequence[Item], dimensions: Sequence[str]) -> str:
     """What people should know of a filled folder: how many traces are empty or were cut off, which are judgements like
     any other (`reasoning.py`), and which judgements could not be read and are left out."""
     read: list[tuple[str, bool, int]] = []
     lost, total = Skipped(), 0
     for i, row in sorted(_journals(folder).items()):
+        read += _read(row)
         for d, shares in enumerate(row.distributions):
             total += len(shares)
             for t, values in enumerate(shares):
                 if values is None:
                     why = row.reasons[d][t] if row.reasons else ""
-                    lost.add(f"because {why}" if why else "without a reason", _name(i, items[i], dimensions[d]))
-                elif row.traces[d]:
-                    read.append((row.traces[d][t], row.ended[d][t], row.tokens[d][t]))
+                    name = f"item {i} ({items[i][0].name}) in {dimensions[d]}"
+                    lost.add(f"because {why}" if why else "without a reason", name)
     lines = []
     if read:
         empty, cut = sum(not text for text, _, _ in read), sum(not ended for _, ended, _ in read)
@@ -139,8 +160,14 @@ def report(folder: Path, items: Sequence[Item], dimensions: Sequence[str]) -> st
 # ------------------------------------------------------------------------------------------------------------- inside
 
 
-def _name(index: int, item: Item, dimension: str) -> str:
-    return f"item {index} ({item[0].name}) in {dimension}"
+def _read(row: Row) -> list[tuple[str, bool, int]]:
+    """Text, whether the model ended it, and tokens of each trace behind which a distribution was read."""
+    read: list[tuple[str, bool, int]] = []
+    for texts, ended, tokens, shares in zip(row.traces, row.ended, row.tokens, row.distributions, strict=True):
+        # a row that was read in one pass has no traces
+        each = zip(texts, ended, tokens, shares, strict=False)
+        read += [(text, end, count) for text, end, count, values in each if values is not None]
+    return read
 
 
 def _line(index: int, row: Row) -> str:

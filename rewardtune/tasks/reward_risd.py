@@ -5,7 +5,7 @@ by reasoning. No labels are needed; the teacher's judgements are drawn once (`sc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from rewardtune.scorer.losses import distribution_cross_entropy, forward_kl
 from rewardtune.scorer.model import Scorer
 from rewardtune.scorer.targets import check_labels, target_maker
 from rewardtune.scorer.teacher import judgements
-from rewardtune.scorer.traces import Item
+from rewardtune.scorer.traces import Item, Judged
 from rewardtune.scorer.trainable import trainable_scorer
 from rewardtune.scoring.augment import training_views
 from rewardtune.types import Prompt, StepOutput
@@ -31,20 +31,21 @@ from rewardtune.types import Prompt, StepOutput
 @dataclass(frozen=True)
 class Batch:
     """images: B tensors (3, H, W). teacher: (B, D, R, K), NaN where a judgement could not be read. labels: (B, D, K)
-    targets, NaN where there is none."""
+    targets, NaN where there is none. figures: of the teacher's traces, where they were drawn for this batch."""
 
     images: list[Tensor]
     prompts: list[Prompt]
     teacher: Tensor
     labels: Tensor
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 class RewardRisd:
-    """See `tasks.Task`. judge: from global sample indices and items' places to the teacher's (B, D, R, K).
+    """See `tasks.Task`. judge: from global sample indices and items' places to the teacher's judgements.
     labels: (items, D, K) targets for the control that adds them; all NaN otherwise."""
 
     def __init__(
-        self, scorer: Scorer, *, items: Sequence[Item], judge: Callable[[Sequence[int], Sequence[int]], Tensor],
+        self, scorer: Scorer, *, items: Sequence[Item], judge: Callable[[Sequence[int], Sequence[int]], Judged],
         labels: Tensor, objective: RisdSection, seed: int, base: str, held_out: Sequence[PreferenceGroup] = (),
     ) -> None:  # fmt: skip
         if not items:
@@ -60,8 +61,9 @@ class RewardRisd:
             read_tensors((self.items[i][0] for i in chosen), device=device), indices, seed=self.seed,
             name="risd/view", shift=self.objective.shift, noise=self.objective.noise,
         )  # fmt: skip
-        teacher = self.judge(indices, chosen).to(device)
-        return Batch(images, [self.items[i][1] for i in chosen], teacher, self.labels[chosen].to(device))
+        judged, prompts = self.judge(indices, chosen), [self.items[i][1] for i in chosen]
+        teacher, labels = judged.distributions.to(device), self.labels[chosen].to(device)
+        return Batch(images, prompts, teacher, labels, judged.figures)
 
     def step(self, batch: Batch) -> StepOutput:
         logits = self.scorer.logits(batch.images, batch.prompts)
@@ -75,7 +77,7 @@ class RewardRisd:
         if self.objective.labels:
             supervised = distribution_cross_entropy(logits, batch.labels.to(logits.dtype))
             loss, metrics["labels_loss"] = loss + self.objective.labels * supervised, float(supervised.detach())
-        return StepOutput(loss=loss, metrics=metrics)
+        return StepOutput(loss=loss, metrics={**metrics, **batch.figures})
 
     def samples(self) -> None:
         return None

@@ -27,9 +27,9 @@ from rewardtune.errors import DataError, RecipeError
 from rewardtune.recipe.sections import TASKS
 from rewardtune.scorer import traces
 from rewardtune.scorer.model import load_scorer
-from rewardtune.scorer.reasoning import Trace
+from rewardtune.scorer.reasoning import Trace, load_reasoner
 from rewardtune.scorer.rubric import load_rubric
-from rewardtune.scorer.teacher import conversation
+from rewardtune.scorer.teacher import Teacher, conversation
 from rewardtune.scorer.traces import Item, Row
 from rewardtune.tasks.reward_dance import RewardDance
 from rewardtune.tasks.reward_opd import RewardOpd
@@ -90,7 +90,7 @@ def test_the_loss_is_the_kl_to_the_reasoned_distributions(student: Path, teacher
 def test_the_cache_holds_what_the_teacher_says_of_these_pictures(student: Path, teacher: Path, tmp_path: Path):
     made = risd(student, teacher, write_images(tmp_path, 3), traces=1, cache=str(tmp_path / "cache"))
     batch = made.batch(0, [0])
-    from rewardtune.scorer.reasoning import Question, load_reasoner
+    from rewardtune.scorer.reasoning import Question
 
     reasoner = load_reasoner(load_scorer(teacher))
     place = made.items.index((Path(made.items[0][0]).with_name(f"{_number(made, batch)}.png"), batch.prompts[0]))
@@ -238,17 +238,18 @@ def test_the_teacher_sees_pictures_in_its_own_bounds(student: Path, teacher: Pat
     cache = str(tmp_path / "cache")
     made = risd(student, wide, images, traces=1, max_pixels=64, cache=cache)
     fine = risd(student, wide, images, traces=1, max_pixels=256, cache=str(tmp_path / "fine"))
-    coarse, sharp = (task.judge([0, 1], [0, 1]) for task in (made, fine))
+    coarse, sharp = (task.judge([0, 1], [0, 1]).distributions for task in (made, fine))
     assert (coarse - sharp).abs().max() > 1e-4
     # 16 x 16 pixels at most: what the same teacher says whose own bounds these are
     plain = risd(student, teacher, images, traces=1, cache=str(tmp_path / "plain"))
-    torch.testing.assert_close(sharp, plain.judge([0, 1], [0, 1]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(sharp, plain.judge([0, 1], [0, 1]).distributions, atol=1e-6, rtol=0)
     # bounds are part of what was asked, but for books from before they could be set
     with pytest.raises(RecipeError, match=r"drawn for another question; pixels differ \(there \[64, 64\], here"):
         risd(student, wide, images, traces=1, max_pixels=256, cache=cache)
     book = Path(cache) / "book.json"
     book.write_text(json.dumps({k: v for k, v in json.loads(book.read_text()).items() if k != "pixels"}))
-    assert torch.equal(risd(student, wide, images, traces=1, cache=cache).judge([0, 1], [0, 1]), coarse)
+    again = risd(student, wide, images, traces=1, cache=cache).judge([0, 1], [0, 1])
+    assert torch.equal(again.distributions, coarse)
     assert opd(student, wide, images, max_pixels=64).teacher.scorer.geometry.max_pixels == 64
 
 
@@ -404,7 +405,29 @@ def test_empty_and_endless_traces_are_judged_and_counted(
     said = f"96 traces of {mean:.1f} tokens on average; {empty} are empty and {cut} were cut off"
     assert said in capsys.readouterr().err
     # every one of them has a distribution, and the loss takes them all
-    assert made.judge([0], list(range(6))).isfinite().all()
+    assert made.judge([0], list(range(6))).distributions.isfinite().all()
+
+
+def test_traces_that_are_drawn_live_are_counted_at_every_step(student: Path, teacher: Path, tmp_path: Path):
+    images, cache = write_images(tmp_path, 6), tmp_path / "cache"
+    options = {"traces": 4, "max_tokens": 2}
+    batch = risd(student, teacher, images, **options).batch(0, range(6))
+    made = risd(student, teacher, images, **options)
+    # the same pictures under the same places, as a cache would keep them
+    shown = [made.items[_number(made, replace(batch, images=[image]))] for image in batch.images]
+    scorer = load_scorer(teacher)
+    judge = Teacher(scorer, load_reasoner(scorer), count=4, temperature=1.0, max_tokens=2, seed=0)
+    traces.fill(cache, shown, judge.rows, asked={}, batch_size=2)
+    rows = [json.loads(line[9:]) for line in (cache / "journal-0.jsonl").read_text().splitlines()]
+    texts = [text for row in rows for part in row["traces"] for text in part]
+    ended = [end for row in rows for part in row["ended"] for end in part]
+    metrics = made.step(batch).metrics
+    assert metrics["trace_empty"] == pytest.approx(texts.count("") / 96) and 0 < metrics["trace_empty"] < 1
+    assert metrics["trace_ended"] == pytest.approx(sum(ended) / 96) and 0 < metrics["trace_ended"] < 1
+    # what comes from a cache was counted when it was drawn
+    cached = risd(student, teacher, images, traces=1, cache=str(tmp_path / "other"))
+    assert "trace_empty" not in cached.step(cached.batch(0, [0])).metrics
+    assert "trace_empty" not in (one := risd(student, teacher, images, traces=0)).step(one.batch(0, [0])).metrics
 
 
 def start_and_kill(script: str, at: str) -> None:
@@ -446,7 +469,8 @@ build_task(TASKS["reward_risd"].model_validate({{
     # what was drawn after the interruption is what would have been drawn without it
     whole = risd(student, teacher, images, traces=1, batch_size=3, cache=str(tmp_path / "other"))
     everything = list(range(7))
-    assert torch.equal(made.judge(everything, everything), whole.judge(everything, everything))
+    found, wanted = (task.judge(everything, everything).distributions for task in (made, whole))
+    assert torch.equal(found, wanted)
 
 
 # ---------------------------------------------------------------------------------------------------------- OPD, dance
@@ -619,7 +643,7 @@ def test_what_a_server_could_not_say_is_named_with_its_reason(
     served.says, served.odd = "it has a dog<|im_end|>", "a dog 3 rate realism"
     images = write_images(tmp_path, 12)
     made = build("reward_risd", **from_server(served, student, images, tmp_path / "some"))
-    assert made.judge([0], [6]).isnan().any(-1).flatten().tolist() == [False, True, False, False]
+    assert made.judge([0], [6]).distributions.isnan().any(-1).flatten().tolist() == [False, True, False, False]
     said = capsys.readouterr().err
     assert "2 of 48 judgements could not be read and are left out" in said
     names = "item 6 (6.png) in realism; item 7 (7.png) in realism"
