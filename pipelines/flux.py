@@ -102,6 +102,14 @@ class Flux:
         negative = [guidance.negative_prompt] * len(prompts)
         return Conditioning(self._text([str(p) for p in prompts]), self._text(negative) if _guided(guidance) else None)
 
+    def join(self, parts: Sequence[Conditioning]) -> Conditioning:
+        from rewardtune.diffusion.conditioning import stacked
+
+        joined: Conditioning = stacked(parts)
+        # the positions of tokens have no batch in front: all prompts share them
+        positive = {**joined.positive, "txt_ids": parts[0].positive["txt_ids"]}
+        return Conditioning(positive, joined.negative and {**joined.negative, "txt_ids": positive["txt_ids"]})
+
     def noise(self, generators: Sequence[torch.Generator], size: tuple[int, int]) -> Tensor:
         import torch
         from diffusers.utils.torch_utils import randn_tensor

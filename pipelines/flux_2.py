@@ -113,6 +113,12 @@ class Flux2:
         negative = self._text([""] * len(prompts)) if self._guided(guidance) else None
         return Conditioning(self._text([str(p) for p in prompts]), negative)
 
+    def join(self, parts: Sequence[Conditioning]) -> Conditioning:
+        from rewardtune.diffusion.conditioning import stacked
+
+        joined: Conditioning = stacked(parts)
+        return joined
+
     def noise(self, generators: Sequence[torch.Generator], size: tuple[int, int]) -> Tensor:
         import torch
         from diffusers.utils.torch_utils import randn_tensor

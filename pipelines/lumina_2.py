@@ -97,6 +97,12 @@ class Lumina2:
         )
         return Conditioning(positive, mask, negative, negative_mask)
 
+    def join(self, parts: Sequence[Conditioning]) -> Conditioning:
+        from rewardtune.diffusion.conditioning import stacked
+
+        joined: Conditioning = stacked(parts)
+        return joined
+
     def noise(self, generators: Sequence[torch.Generator], size: tuple[int, int]) -> Tensor:
         import torch
 

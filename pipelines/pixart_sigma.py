@@ -105,6 +105,12 @@ class PixArtSigma:
         )
         return Conditioning(Prompts(positive, mask), Prompts(negative, negative_mask) if guided else None)
 
+    def join(self, parts: Sequence[Conditioning]) -> Conditioning:
+        from rewardtune.diffusion.conditioning import stacked
+
+        joined: Conditioning = stacked(parts)
+        return joined
+
     def noise(self, generators: Sequence[torch.Generator], size: tuple[int, int]) -> Tensor:
         import torch
         from diffusers.utils.torch_utils import randn_tensor

@@ -96,6 +96,11 @@ class QwenImage:
         negative = [guidance.negative_prompt] * len(prompts)
         return Conditioning(self._text([str(p) for p in prompts]), self._text(negative) if _guided(guidance) else None)
 
+    def join(self, parts: Sequence[Conditioning]) -> Conditioning:
+        guided = parts[0].negative is not None
+        negative = _padded([p.negative for p in parts if p.negative is not None]) if guided else None
+        return Conditioning(_padded([part.positive for part in parts]), negative)
+
     def noise(self, generators: Sequence[torch.Generator], size: tuple[int, int]) -> Tensor:
         import torch
         from diffusers.utils.torch_utils import randn_tensor
@@ -184,6 +189,20 @@ class QwenImage:
             **text,
         )[0]
         return output.float()
+
+
+def _padded(texts: Sequence[Mapping[str, Tensor | None]]) -> Mapping[str, Tensor | None]:
+    """Single prompts, whose tokens all count, as the pipeline pads them: with zeros, to the longest, and a mask where
+    that was needed."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    tokens = [embeddings[0] for text in texts if (embeddings := text["encoder_hidden_states"]) is not None]
+    mask = pad_sequence([torch.ones(len(one), dtype=torch.long, device=one.device) for one in tokens], batch_first=True)
+    return {
+        "encoder_hidden_states": pad_sequence(tokens, batch_first=True),
+        "encoder_hidden_states_mask": None if mask.all() else mask,
+    }
 
 
 def _guided(guidance: Guidance) -> bool:

@@ -106,6 +106,12 @@ class StableDiffusionXL:
         )
         return Conditioning(Prompts(positive, pooled), Prompts(negative, negative_pooled) if guided else None)
 
+    def join(self, parts: Sequence[Conditioning]) -> Conditioning:
+        from rewardtune.diffusion.conditioning import stacked
+
+        joined: Conditioning = stacked(parts)
+        return joined
+
     def noise(self, generators: Sequence[torch.Generator], size: tuple[int, int]) -> Tensor:
         import torch
         from diffusers.utils.torch_utils import randn_tensor

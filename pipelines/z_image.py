@@ -94,6 +94,9 @@ class ZImage:
         )
         return Conditioning(list(positive), list(negative))
 
+    def join(self, parts: Sequence[Conditioning]) -> Conditioning:
+        return Conditioning([p for c in parts for p in c.positive], [n for c in parts for n in c.negative])
+
     def noise(self, generators: Sequence[torch.Generator], size: tuple[int, int]) -> Tensor:
         import torch
 

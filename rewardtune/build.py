@@ -16,6 +16,7 @@ from rewardtune.data.records import read_captioned_images, read_prompts
 from rewardtune.data.references import resolve, why_not_loaded
 from rewardtune.diffusion import export, families, lora, offload
 from rewardtune.diffusion.frozen_layers import keep_less
+from rewardtune.diffusion.prompt_cache import PromptCache
 from rewardtune.diffusion.rollout import sample
 from rewardtune.diffusion.schedulers import check_deterministic, schedule
 from rewardtune.errors import RecipeError
@@ -47,7 +48,7 @@ from rewardtune.scoring.mixing import Mixing
 from rewardtune.scoring.reward_set import Relative, RewardSet, Term, load_reward
 from rewardtune.tasks import Task
 from rewardtune.tasks.direct_reward import DirectReward
-from rewardtune.tasks.sft import Sft
+from rewardtune.tasks.sft import NO_GUIDANCE, Sft
 from rewardtune.training import runtime
 
 
@@ -101,6 +102,7 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
             caption_dropout=recipe.data.caption_dropout,
             timestep_density=recipe.density,
             seed=recipe.train.seed,
+            prompt_cache=_prompt_cache(pipeline, trainable, recipe, NO_GUIDANCE),
             samples=samples,
             export=exporter,
         )
@@ -136,6 +138,7 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
         batch_size=recipe.train.batch_size,
         seed=recipe.train.seed,
         augmentation=Augmentation(**recipe.augment.model_dump()) if recipe.augment else None,
+        prompt_cache=_prompt_cache(pipeline, trainable, recipe, guidance),
         samples=samples,
         export=exporter,
     )
@@ -367,10 +370,25 @@ def _mixed_sft(
         caption_dropout=section.caption_dropout,
         timestep_density=section.density,
         seed=recipe.train.seed,
+        prompt_cache=_prompt_cache(pipeline, trainable, recipe, NO_GUIDANCE),
         samples=lambda: None,
         export=lambda *_: None,
     )
     return task, section.weight
+
+
+def _prompt_cache(
+    pipeline: AnyPipeline,
+    trainable: Mapping[str, nn.Module],
+    recipe: SftRecipe | DirectRewardRecipe,
+    guidance: Guidance,
+) -> PromptCache | None:
+    """None where embeddings change with the training, or where the family has no way to put batches together."""
+    if isinstance(pipeline, WholeRollout) or set(trainable) - {pipeline.denoiser} or not hasattr(pipeline, "join"):
+        return None
+    # text encoders that wait in main memory come once, for all prompts of the run
+    end = recipe.train.steps * recipe.train.batch_size if recipe.pipeline.offload else 0
+    return PromptCache(pipeline, guidance, limit=int(recipe.pipeline.prompt_cache * 2**30), end=end)
 
 
 def _size(pipeline: AnyPipeline, rollout: RolloutSection) -> tuple[int, int]:

@@ -148,6 +148,15 @@ class Pipeline(LoadedPipeline, Protocol):
         """Prompts -> conditioning, opaque to the engine. Carries gradient where a text encoder is trained."""
         ...
 
+    def join(self, parts: Sequence[Any]) -> Any:
+        """Conditionings of single prompts -> that of a batch of them, as `encode` pads it; beside it they may differ by
+        the rounding of another batch size alone. `diffusion/conditioning.py` has `stacked` for the plain case.
+
+        A conditioning is made of tensors, in data classes, mappings and lists. A family that leaves `join` out has its
+        prompts encoded for every batch anew.
+        """
+        ...
+
     def noise(self, generators: Sequence[torch.Generator], size: tuple[int, int]) -> Tensor:
         """One generator an image -> standard normal latents (B, ...), equal to what `pipe(generator=[...])` draws
         before its scheduler scales them."""

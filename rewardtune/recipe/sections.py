@@ -33,6 +33,9 @@ class PipelineSection(Section):
     """Of the frozen weights; what is trained is float32 in either case."""
     offload: bool = False
     """Keep frozen text encoders and the autoencoder in main memory, and on the device only while they work."""
+    prompt_cache: Annotated[float, Field(ge=0.0)] = 4.0
+    """GiB of main memory in which a process keeps embeddings of training prompts, so that frozen text encoders run once
+    a prompt (ours); 0 keeps none. No number of the training depends on it."""
     decode: Literal["whole", "sliced", "tiled"] = "whole"
     """How the autoencoder turns latents into images: a batch at once, image by image, or in overlapping tiles."""
     options: dict[str, Any] = {}

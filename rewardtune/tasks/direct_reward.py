@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rewardtune.diffusion import lora
+from rewardtune.diffusion.prompt_cache import PromptCache
 from rewardtune.diffusion.rollout import Chain
 from rewardtune.gradients import Choice, Draws, Finished
 from rewardtune.plugins import AnyPipeline, Guidance, Pipeline, WholeRollout
@@ -41,7 +42,8 @@ class DirectReward:
     frozen start. sft: a task whose loss is added, and its weight. sliced: decode image by
     image, so that the decoder's graph is one image's. recompute_decoder: decode again on the
     way back in place of keeping the decoder's graph while the reward's lives. batch_size:
-    samples of a whole optimiser step, where a step comes in several parts."""
+    samples of a whole optimiser step, where a step comes in several parts. prompt_cache: what
+    encodes prompts in place of the pipeline, where no text encoder is trained."""
 
     def __init__(
         self,
@@ -62,18 +64,19 @@ class DirectReward:
         sliced: bool = False,
         recompute_decoder: bool = True,
         batch_size: int | None = None,
+        prompt_cache: PromptCache | None = None,
         samples: Callable[[], Tensor | None],
         export: Callable[[Path, Mapping[str, str]], None],
     ) -> None:
         self.pipeline, self.trainable, self.prompts, self.rewards = pipeline, trainable, prompts, rewards
         self.method, self.num_steps, self.guidance, self.size, self.seed = method, num_steps, guidance, size, seed
         self.augmentation, self.samples, self.export = augmentation, samples, export
+        self.prompt_cache = prompt_cache
         self.balance, self.velocity, self.sft = balance, velocity, sft
         self.sliced, self.recompute_decoder, self.batch_size = sliced, recompute_decoder, batch_size
 
     def batch(self, step: int, indices: Sequence[int]) -> Batch:
-        rows = [epoch_index(self.seed, "prompts/order", i, len(self.prompts)) for i in indices]
-        prompts = [self.prompts[row] for row in rows]
+        prompts = [self._prompt(i) for i in indices]
         if isinstance(self.pipeline, WholeRollout):
             noise = None
         else:
@@ -106,7 +109,7 @@ class DirectReward:
             )  # fmt: skip
             return images, None, None
         assert batch.noise is not None
-        conditioning = self._encode(self.pipeline, batch.prompts)
+        conditioning = self._encode(self.pipeline, batch)
         chain = Chain(self.pipeline, conditioning, num_steps=self.num_steps, guidance=self.guidance, size=self.size)
         finished = self.method(chain, batch.noise, draws)
         assert isinstance(finished, Finished)
@@ -151,10 +154,15 @@ class DirectReward:
     def evaluate(self) -> Mapping[str, float]:
         return {}
 
-    def _encode(self, pipeline: Pipeline, prompts: Sequence[Prompt]) -> Any:
+    def _prompt(self, index: int) -> Prompt:
+        return self.prompts[epoch_index(self.seed, "prompts/order", index, len(self.prompts))]
+
+    def _encode(self, pipeline: Pipeline, batch: Batch) -> Any:
         """Conditioning; with graph only where a text encoder is trained, any of them."""
+        if self.prompt_cache is not None:
+            return self.prompt_cache.encode(batch.prompts, first=batch.indices[0], prompt_of=self._prompt)
         with torch.set_grad_enabled(any(name != self.pipeline.denoiser for name in self.trainable)):
-            return pipeline.encode(prompts, self.guidance)
+            return pipeline.encode(batch.prompts, self.guidance)
 
     def _generators(self, indices: Sequence[int]) -> list[torch.Generator]:
         return [generator(self.seed, "rollout/noise", i) for i in indices]
