@@ -28,12 +28,34 @@ class Conditioning:
     negative: Mapping[str, Tensor] | None
 
 
+# All linear layers but the modulations and norm_out.linear; the halves of the latter's rows have changed places.
+COMFYUI = {
+    "double_blocks.#.img_attn.qkv": [f"transformer_blocks.#.attn.to_{part}" for part in "qkv"],
+    "double_blocks.#.txt_attn.qkv": [f"transformer_blocks.#.attn.add_{part}_proj" for part in "qkv"],
+    "double_blocks.#.img_attn.proj": ["transformer_blocks.#.attn.to_out.0"],
+    "double_blocks.#.txt_attn.proj": ["transformer_blocks.#.attn.to_add_out"],
+    "double_blocks.#.img_mlp.0": ["transformer_blocks.#.ff.linear_in"],
+    "double_blocks.#.img_mlp.2": ["transformer_blocks.#.ff.linear_out"],
+    "double_blocks.#.txt_mlp.0": ["transformer_blocks.#.ff_context.linear_in"],
+    "double_blocks.#.txt_mlp.2": ["transformer_blocks.#.ff_context.linear_out"],
+    "single_blocks.#.linear1": ["single_transformer_blocks.#.attn.to_qkv_mlp_proj"],
+    "single_blocks.#.linear2": ["single_transformer_blocks.#.attn.to_out"],
+    "img_in": ["x_embedder"],
+    "txt_in": ["context_embedder"],
+    "time_in.in_layer": ["time_guidance_embed.timestep_embedder.linear_1"],
+    "time_in.out_layer": ["time_guidance_embed.timestep_embedder.linear_2"],
+    "guidance_in.in_layer": ["time_guidance_embed.guidance_embedder.linear_1"],
+    "guidance_in.out_layer": ["time_guidance_embed.guidance_embedder.linear_2"],
+    "final_layer.linear": ["proj_out"],
+}
+
+
 class Flux2:
     """See `plugins.Pipeline`."""
 
     family = "flux_2"
     denoiser = "transformer"
-    comfyui = None
+    comfyui = COMFYUI
 
     class Config(Options):
         """Options of the family."""

@@ -27,12 +27,27 @@ class Conditioning:
     negative_mask: Tensor | None
 
 
+_BLOCKS = ("layers.#", "noise_refiner.#", "context_refiner.#")
+COMFYUI = {
+    "x_embedder": ["x_embedder"],
+    "cap_embedder.1": ["time_caption_embed.caption_embedder.1"],
+    "t_embedder.mlp.0": ["time_caption_embed.timestep_embedder.linear_1"],
+    "t_embedder.mlp.2": ["time_caption_embed.timestep_embedder.linear_2"],
+    "final_layer.adaLN_modulation.1": ["norm_out.linear_1"],
+    "final_layer.linear": ["norm_out.linear_2"],
+    **{f"{name}.attention.qkv": [f"{name}.attn.to_{part}" for part in "qkv"] for name in _BLOCKS},
+    **{f"{name}.attention.out": [f"{name}.attn.to_out.0"] for name in _BLOCKS},
+    **{f"{name}.feed_forward.w{i}": [f"{name}.feed_forward.linear_{i}"] for name in _BLOCKS for i in (1, 2, 3)},
+    **{f"{name}.adaLN_modulation.1": [f"{name}.norm1.linear"] for name in _BLOCKS[:2]},
+}
+
+
 class Lumina2:
     """See `plugins.Pipeline`."""
 
     family = "lumina_2"
     denoiser = "transformer"
-    comfyui = None
+    comfyui = COMFYUI
 
     class Config(Options):
         """Options of the family."""

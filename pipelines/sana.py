@@ -34,7 +34,7 @@ class Sana:
 
     family = "sana"
     denoiser = "transformer"
-    comfyui = None
+    comfyui = None  # it has no Sana among its models
 
     class Config(Options):
         """Options of the family."""

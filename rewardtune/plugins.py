@@ -125,8 +125,10 @@ class LoadedPipeline(Protocol):
     """The checkpoint's own scheduler."""
     denoiser: str
     """Which of `trainable` predicts: transformer, or unet."""
-    comfyui: Literal["diffusers", "kohya"] | None
-    """Whose names of adapters ComfyUI accepts for the family; None where it is not known to accept any."""
+    comfyui: Literal["diffusers", "kohya"] | Mapping[str, Sequence[str]] | None
+    """Whose names of adapters ComfyUI accepts for the family; None where it is not known to accept any. A mapping for
+    its own layers' names: each of those -> the denoiser's layers whose rows it has, in order, with # for the number of
+    the block."""
     image_size: tuple[int, int]
     """Height and width that a recipe gets when it names none."""
     size_multiple: int

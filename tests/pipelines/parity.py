@@ -112,27 +112,3 @@ def gradient(adapter: Any, run: Callable[[], Tensor]) -> Tensor:
         for weight in weights:
             weight.requires_grad_(False)
     return torch.cat([(torch.zeros_like(w) if g is None else g).flatten() for g, w in zip(parts, weights, strict=True)])
-
-
-def load_like_comfyui(pipe: Any, modules: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
-    """Put adapters on by ComfyUI's rules (comfy/lora.py, commit 00728eb): a layer's name as it looks for it, alpha from
-    `<layer>.alpha` or else 1 in place of alpha / rank; and leave nothing over, which it would drop with a line."""
-    known: dict[str, torch.nn.Module] = {}
-    for name in modules:
-        for path, layer in getattr(pipe, name).named_modules():
-            # transformers 5 drops the outer name that ComfyUI's and kohya's files have
-            inner = path if path.startswith("text_model.") or "text_encoder" not in name else f"text_model.{path}"
-            kohya = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}.get(name)
-            if kohya is not None:
-                known[f"{kohya}_{inner.replace('.', '_')}"] = layer
-            if name != "unet":
-                known[f"{name}.{inner}"] = layer
-    left = dict(tensors)
-    with torch.no_grad():
-        for key, layer in known.items():
-            for up, down in (("lora_up", "lora_down"), ("lora_B", "lora_A")):
-                if f"{key}.{up}.weight" in left:
-                    b, a = left.pop(f"{key}.{up}.weight"), left.pop(f"{key}.{down}.weight")
-                    alpha = left.pop(f"{key}.alpha", None)
-                    layer.weight += (b @ a).view_as(layer.weight) * (1.0 if alpha is None else float(alpha) / len(a))
-    assert not left, f"lora key not loaded: {next(iter(left))}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import parity
+import like_comfyui
 import pytest
 import torch
 import yaml
@@ -104,7 +104,7 @@ def test_half_the_strength_is_half_of_every_weight(trained):
 
 
 def test_it_draws_what_the_runs_own_export_draws(trained, tmp_path):
-    """By ComfyUI's rules of loading, written out in parity.py, beside diffusers' loader."""
+    """By ComfyUI's rules of loading, written out in like_comfyui.py, beside diffusers' loader."""
     named, run, base = trained
     family, modules = CASES[named]
     drawn = []
@@ -115,7 +115,7 @@ def test_it_draws_what_the_runs_own_export_draws(trained, tmp_path):
             pipe.load_lora_weights(str(run / "export"))
         elif how == "comfyui":
             tensors = load_file(export_run(run, out=tmp_path / "c", format="comfyui") / "comfyui_lora.safetensors")
-            parity.load_like_comfyui(pipe, list(modules), tensors)
+            like_comfyui.load(family.adapter, pipe, list(modules), tensors)
         drawn.append(export.probe(family.adapter(pipe)))
     untouched, wanted, found = drawn
     assert torch.allclose(found, wanted, atol=1e-4)

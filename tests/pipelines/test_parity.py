@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import like_comfyui
 import parity
 import pytest
 import torch
@@ -304,9 +305,10 @@ def test_exported_adapters_load_to_the_same_image(name, family, tmp_path):
     else:
         tensors, other = comfyui.keys(adapter, names), DiffusionPipeline.from_pretrained(base)
         other.set_progress_bar_config(disable=True)
-        parity.load_like_comfyui(other, names, tensors)
+        like_comfyui.load(adapter, other, names, tensors)
         assert torch.allclose(export.probe(family.adapter(other)), wanted, atol=1e-4)
-    note(name, "comfyui", adapter.comfyui or "none known")
+    own = "its own" if adapter.comfyui else "none known"
+    note(name, "comfyui", adapter.comfyui if isinstance(adapter.comfyui, str) else own)
     lora.merge({n: adapter.trainable[n] for n in names})
     assert torch.allclose(export.probe(adapter), wanted, atol=1e-4)
     assert not any("lora" in path for n in names for path, _ in adapter.trainable[n].named_parameters())
@@ -331,5 +333,7 @@ Written by `tests/pipelines/test_parity.py`. Every family is built from diffuser
 weights and the scheduler of its published checkpoint, in fp32. Checked: two prompts of different length in one batch,
 two resolutions, every kind of guidance that the family has. *Image*: our roll-out with the same seeds against
 `pipe(...)`. *Constants*: each is changed, and the check must fail. *Gradient*: of every weight of the denoiser through
-all steps, with the graph kept and recomputed step by step. *SFT loss*: against diffusers' training scripts.
+all steps, with the graph kept and recomputed step by step. *SFT loss*: against diffusers' training scripts. *Names for
+ComfyUI*: whose; every key of the export is one that ComfyUI's code accepts, as recorded from it in
+`tests/pipelines/comfyui_names.json`.
 """
