@@ -6,11 +6,13 @@ to both sides, and diffusers' training formulas written out. `test_parity.py` ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -56,7 +58,8 @@ class Family:
     """Largest difference of an image; above 0 only with a reason in `why`."""
     why: str = ""
     difference: float = 2e-2
-    """The step of the finite differences: short where a network has kinks."""
+    """How far along a direction the loss is smooth, less where a network has kinks: finite differences step a hundredth
+    of it."""
     lora_modules: Sequence[str] = field(default_factory=tuple)
     """Modules whose adapters are exported and loaded again; the denoiser when empty."""
 
@@ -91,9 +94,20 @@ def ours(adapter: Any, case: Case, size: tuple[int, int]) -> Tensor:
     return sample(adapter, PROMPTS, generators(), num_steps=STEPS, guidance=case.guidance, size=size)
 
 
-def chain(adapter: Any, guidance: Guidance, size: tuple[int, int], prompts: Sequence[str] = PROMPTS) -> Chain:
+def whole_call(pipe: Any, case: Case, size: tuple[int, int], steps: int = STEPS) -> Tensor:
+    """`pipe(...)`'s images with graph, not clamped: the whole of its call, decoder and all, but for the two things that
+    cut a graph, `no_grad` around it and the image processor behind it."""
+    call = type(pipe).__call__.__wrapped__
+    with mock.patch.object(pipe.image_processor, "postprocess", lambda image, *_, **__: image):
+        images: Tensor = call(pipe, **arguments(case, size, steps), output_type="pt").images
+    return images / 2 + 0.5
+
+
+def chain(
+    adapter: Any, guidance: Guidance, size: tuple[int, int], prompts: Sequence[str] = PROMPTS, steps: int = STEPS
+) -> Chain:
     conditioning = adapter.encode(prompts, guidance)
-    return Chain(adapter, conditioning, num_steps=STEPS, guidance=guidance, size=size)
+    return Chain(adapter, conditioning, num_steps=steps, guidance=guidance, size=size)
 
 
 def parameters(adapter: Any) -> list[Tensor]:
@@ -102,13 +116,97 @@ def parameters(adapter: Any) -> list[Tensor]:
 
 def gradient(adapter: Any, run: Callable[[], Tensor]) -> Tensor:
     """d mean(images^2) / d denoiser, flat; `run` gives finished latents."""
+    return images_gradient(adapter, lambda: adapter.decode(run()))[1]
+
+
+def images_gradient(adapter: Any, draw: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """Images, and d mean(images^2) / d denoiser, flat; `draw` gives images that are not clamped."""
     weights = parameters(adapter)
     for weight in weights:
         weight.requires_grad_(True)
     try:
-        value = adapter.decode(run()).pow(2).mean()
-        parts = torch.autograd.grad(value, weights, allow_unused=True)
+        images = draw()
+        parts = torch.autograd.grad(images.pow(2).mean(), weights, allow_unused=True)
     finally:
         for weight in weights:
             weight.requires_grad_(False)
-    return torch.cat([(torch.zeros_like(w) if g is None else g).flatten() for g, w in zip(parts, weights, strict=True)])
+    flat = [(torch.zeros_like(w) if g is None else g).flatten() for g, w in zip(parts, weights, strict=True)]
+    return images.detach(), torch.cat(flat)
+
+
+@contextmanager
+def double() -> Iterator[None]:
+    """Whoever casts to fp32 gets float64: our adapters, diffusers' layers and its schedulers all do, and one such place
+    left over would drown a finite difference in its rounding."""
+    to = torch.Tensor.to
+
+    def widened(tensor: Tensor, *values: Any, **named: Any) -> Tensor:
+        wide = [torch.float64 if v is torch.float32 else v for v in values]
+        return to(tensor, *wide, **{k: torch.float64 if v is torch.float32 else v for k, v in named.items()})
+
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double), mock.patch.object(torch.Tensor, "to", widened):
+        yield
+
+
+@dataclass(frozen=True)
+class Change:
+    """A mistake put into an adapter, as its author could have made it."""
+
+    label: str
+    make: Callable[[Any], Any]
+    """adapter -> what takes the place of its method `method`."""
+    method: str
+    noticed: Sequence[str]
+    """The checks that must fail: those whose values the method goes into."""
+
+
+def _predict(change: Callable[[Callable[..., Tensor], Tensor, Tensor, Any, Guidance], Tensor]) -> Callable[[Any], Any]:
+    return lambda adapter: lambda *inputs, own=adapter.predict: change(own, *inputs)
+
+
+def _noise_levels(adapter: Any) -> Any:
+    own = adapter.timesteps
+
+    def changed(num_steps: int, size: tuple[int, int]) -> tuple[Any, Tensor]:
+        scheduler, timesteps = own(num_steps, size)
+        if hasattr(scheduler, "sigmas"):
+            scheduler.sigmas = scheduler.sigmas * 0.999
+        else:
+            scheduler.alphas_cumprod = scheduler.alphas_cumprod**0.999
+        return scheduler, timesteps
+
+    return changed
+
+
+def _stronger(guidance: Guidance) -> Guidance:
+    embedded = guidance.embedded and guidance.embedded * 1.001
+    return replace(guidance, scale=guidance.scale * 1.001, embedded=embedded)
+
+
+def changes(adapter: Any, guidance: Guidance) -> list[Change]:
+    """What every family's checks must notice. Downwards, so that no time leaves its range."""
+    everywhere, sampling = ("image", "gradient", "SFT loss"), ("image", "gradient")
+    found = [
+        Change("time x 0.999", _predict(lambda own, x, t, c, g: own(x, t * 0.999, c, g)), "predict", everywhere),
+        Change("the prediction's sign", _predict(lambda own, *inputs: -own(*inputs)), "predict", everywhere),
+        Change("the denoiser's input x 0.999", _predict(lambda own, x, *r: own(x * 0.999, *r)), "predict", everywhere),
+        Change(
+            "columns mirrored before packing and after unpacking",
+            _predict(lambda own, x, *rest: own(x.flip(-1), *rest).flip(-1)), "predict", everywhere,
+        ),
+        Change(
+            "prompts in another order", lambda a: lambda prompts, g, own=a.encode: own(prompts[::-1], g), "encode",
+            everywhere,
+        ),
+        Change("the starting noise x 0.999", lambda a: lambda *i, own=a.noise: own(*i) * 0.999, "noise", sampling),
+        Change("the scheduler's noise levels x 0.999", _noise_levels, "timesteps", sampling),
+        Change("the decoder's input x 0.999", lambda a: lambda x, own=a.decode: own(x * 0.999), "decode", sampling),
+        Change(
+            "the encoder's latents x 0.999", lambda a: lambda x, own=a.encode_images: own(x) * 0.999, "encode_images",
+            ("SFT loss",),
+        ),
+    ]  # fmt: skip
+    if adapter.call(guidance) != adapter.call(_stronger(guidance)):  # else the family takes no notice of it
+        stronger = _predict(lambda own, x, t, c, g: own(x, t, c, _stronger(g)))
+        found.append(Change("guidance x 1.001", stronger, "predict", sampling))
+    return found

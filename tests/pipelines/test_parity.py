@@ -5,20 +5,25 @@
 
 from __future__ import annotations
 
-import math
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import like_comfyui
 import parity
 import pytest
 import torch
-from parity import Family, arguments, chain, generators, gradient, ours, reference
+from parity import PROMPTS, STEPS, Family, arguments, chain, generators, gradient, images_gradient, ours, reference
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from rewardtune.build import find_family
 from rewardtune.compare import reproduce
 from rewardtune.compare.sampling import Plan, sample_sides
 from rewardtune.compare.sides import Side
 from rewardtune.diffusion.parameterisation import shares, training_pair
+from rewardtune.diffusion.rollout import Chain
 from rewardtune.errors import RecipeError
 from rewardtune.gradients.draft import draft
 from rewardtune.plugins import Guidance
@@ -28,11 +33,14 @@ from rewardtune.types import Prompt
 PAGE = Path(__file__).parents[2] / "docs/parity.md"
 FAMILIES = parity.families()
 RESULTS: dict[str, dict[str, str]] = {}
+MISTAKES: dict[str, dict[str, None]] = {}
+"""Checks -> labels of the mistakes that they noticed."""
 COLUMNS = {
     "images": "image equals `pipe(...)`",
-    "constants": "constants whose change is noticed",
-    "gradient": "full-chain gradient against autograd through the call",
-    "differences": "finite differences",
+    "constants": "constants of the checkpoint whose change the image shows",
+    "changes": "mistakes put into the adapter that each check noticed",
+    "gradient": "full-chain gradient against autograd through the whole call",
+    "differences": "finite differences, float64",
     "sft": "SFT loss",
     "lora": "LoRA loads in diffusers",
     "comfyui": "names for ComfyUI",
@@ -57,6 +65,53 @@ def guided(family: Family) -> parity.Case:
     return family.cases[-1]
 
 
+# The three checks that the page names, apart from the tests, so that mistakes can be put before the very same ones.
+
+
+def check_image(family: Family, found: Tensor, wanted: Tensor) -> None:
+    assert float((found - wanted).abs().max()) <= family.bound
+
+
+def check_gradient(found: Tensor, wanted: Tensor) -> None:
+    assert wanted.isfinite().all() and wanted.norm() > 0
+    assert float((found - wanted).norm() / wanted.norm()) <= 1e-5
+
+
+class Formula(NamedTuple):
+    """One batch of training by diffusers' own script."""
+
+    clean: Tensor
+    noise: Tensor
+    u: Tensor
+    prediction: Tensor
+    target: Tensor
+    images: Tensor
+    latents: Tensor
+
+
+def formula(family: Family, pipe) -> Formula:
+    assert family.training is not None and family.latents is not None
+    size = family.sizes[1]
+    shape = family.adapter(pipe).noise(generators(), size).shape
+    clean, noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+    u = torch.tensor([0.2, 0.9])
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        latents = family.latents(pipe, images)
+    return Formula(clean, noise, u, *family.training(pipe, clean, noise, u, PROMPTS), images, latents)
+
+
+def check_sft_loss(adapter, wanted: Formula) -> None:
+    off = Guidance(mode="off")
+    noisy, timesteps, target = training_pair(adapter.scheduler, wanted.clean, wanted.noise, wanted.u)
+    with torch.no_grad():
+        found = adapter.predict(noisy, timesteps, adapter.encode(PROMPTS, off), off)
+    assert torch.allclose(found, wanted.prediction, rtol=1e-4, atol=1e-5)
+    loss = float((found - target).pow(2).mean())
+    assert loss == pytest.approx(float((wanted.prediction - wanted.target).pow(2).mean()), rel=1e-5)
+    assert torch.allclose(adapter.encode_images(wanted.images), wanted.latents, atol=1e-5)
+
+
 def test_rollout_equals_the_pipeline(name, family):
     pipe = family.make()
     images = []
@@ -66,8 +121,7 @@ def test_rollout_equals_the_pipeline(name, family):
             # a batch of two prompts of different length, and no state left behind by the call before
             found, wanted = ours(adapter, case, size), reference(pipe, case, size)
             assert found.shape == wanted.shape == (2, 3, *size)
-            difference = float((found - wanted).abs().max())
-            assert difference <= family.bound, f"{case.label} at {size}: {difference}"
+            check_image(family, found, wanted)
             if size == family.sizes[0]:
                 images.append(found)
     assert all(not torch.equal(a, b) for i, a in enumerate(images) for b in images[:i]), "cases that do not differ"
@@ -111,27 +165,85 @@ def test_a_changed_constant_is_noticed(name, family):
     note(name, "constants", ", ".join(f"{c}.{k}" for c, k, _ in family.perturbations))
 
 
+def test_a_mistake_in_the_adapter_is_noticed(name, family):
+    """Each by every check that its method goes into; two steps, so that what only the second one sees is there."""
+    case, size, steps = guided(family), family.sizes[0], 2
+    pipe = family.make()
+    # first, for the call leaves its own timesteps in the scheduler that the script reads
+    wanted_loss = None if family.training is None else formula(family, pipe)
+    wanted_images, wanted_gradient = images_gradient(
+        family.adapter(pipe), lambda: parity.whole_call(pipe, case, size, steps)
+    )
+
+    encoded = {}
+
+    def fresh():
+        """An adapter that takes what another has encoded: frozen encoders were a quarter of this test's time."""
+        adapter = family.adapter(pipe)
+        own = adapter.encode
+
+        def encode(prompts, guidance):
+            key = (*prompts, guidance)
+            if key not in encoded:
+                encoded[key] = own(prompts, guidance)
+            return encoded[key]
+
+        adapter.encode = encode
+        return adapter
+
+    def notices(adapter, checks: Sequence[str]) -> set[str]:
+        failed = set()
+        if "image" in checks:
+            images, found = images_gradient(
+                adapter, lambda: adapter.decode(full_chain(adapter, case.guidance, size, "fast", steps=steps))
+            )
+            assert images.isfinite().all() and found.isfinite().all(), "a mistake that any check would notice"
+            failed |= refused("image", check_image, family, images.clamp(0, 1), wanted_images.clamp(0, 1))
+            failed |= refused("gradient", check_gradient, found, wanted_gradient)
+        if "SFT loss" in checks and wanted_loss is not None:
+            failed |= refused("SFT loss", check_sft_loss, adapter, wanted_loss)
+        return failed
+
+    assert not notices(fresh(), ("image", "gradient", "SFT loss")), "the adapter as it is"
+    count = dict.fromkeys(("image", "gradient", "SFT loss"), 0)
+    for change in parity.changes(fresh(), case.guidance):
+        adapter = fresh()
+        setattr(adapter, change.method, change.make(adapter))
+        due = {check for check in change.noticed if check != "SFT loss" or wanted_loss is not None}
+        assert notices(adapter, change.noticed) == due, change.label
+        MISTAKES.setdefault(", ".join(change.noticed), {})[change.label] = None
+        for check in due:
+            count[check] += 1
+    assert min(count["image"], count["gradient"]) >= 8
+    note(name, "changes", ", ".join(f"{check} {number}" for check, number in count.items() if number))
+
+
+def refused(name: str, check: Callable[..., None], *inputs) -> set[str]:
+    try:
+        check(*inputs)
+    except AssertionError:
+        return {name}
+    return set()
+
+
 def test_full_chain_gradient_equals_autograd_through_the_call(name, family):
     pipe = family.make()
     size, case = family.sizes[0], guided(family)
     adapter = family.adapter(pipe)
-    call = type(pipe).__call__.__wrapped__
-    unpack = family.unpack or (lambda _, latents, size: latents)
-    wanted = gradient(
-        adapter, lambda: unpack(pipe, call(pipe, **arguments(case, size), output_type="latent").images, size)
-    )
-    assert wanted.isfinite().all() and wanted.norm() > 0
-    worst = 0.0
+    _, wanted = images_gradient(adapter, lambda: parity.whole_call(pipe, case, size))
     for memory in ("fast", "flat"):
         found = gradient(adapter, lambda memory=memory: full_chain(adapter, case.guidance, size, memory))
-        worst = max(worst, float((found - wanted).norm() / wanted.norm()))
-    assert worst <= 1e-5
+        check_gradient(found, wanted)
     note(name, "gradient", "within 1e-5")
+    with torch.no_grad():
+        latents = pipe(**arguments(case, size), output_type="latent").images
+        latents = latents if family.unpack is None else family.unpack(pipe, latents, size)
+        assert torch.allclose(full_chain(adapter, case.guidance, size, "fast"), latents, atol=max(1e-6, family.bound))
 
 
-def full_chain(adapter, guidance, size, memory, last_steps="all"):
+def full_chain(adapter, guidance, size, memory, last_steps="all", steps=STEPS):
     noise = adapter.noise(generators(), size)
-    return draft(chain(adapter, guidance, size), noise, None, last_steps=last_steps, memory=memory).latents
+    return draft(chain(adapter, guidance, size, steps=steps), noise, None, last_steps=last_steps, memory=memory).latents
 
 
 def test_detached_negative_has_the_same_images_and_another_gradient(family):
@@ -165,30 +277,53 @@ def test_every_text_encoder_that_may_be_trained_gets_a_gradient(family):
 
 
 def test_gradient_agrees_with_finite_differences(name, family):
+    """In float64, along random directions: in all weights, and in single ones that LoRA adapts, the first and the last.
+
+    The error is measured by what a random direction makes of a gradient of this norm, norm / sqrt(weights), and not by
+    the slope itself, which may be next to nothing by chance: a gradient wrong by this share in any way is noticed.
+    """
     case, size = guided(family), family.sizes[0]
-    adapter = family.adapter(family.make())
-    found = gradient(adapter, lambda: full_chain(adapter, case.guidance, size, "flat"))
-    weights = parity.parameters(adapter)
-    for seed in range(2):
-        key = torch.Generator().manual_seed(seed)
-        # along the gradient and a little off it: the quotient of a random direction drowns in fp32's rounding
-        direction = found / found.norm() + 0.5 * torch.randn(found.shape, generator=key) / math.sqrt(len(found))
-        direction /= direction.norm()
+    pipe = family.make().to(torch.float64)
+    with parity.double():
+        adapter = family.adapter(pipe)
+        found, kept = (
+            gradient(adapter, lambda m=m: full_chain(adapter, case.guidance, size, m)) for m in ("flat", "fast")
+        )
+        assert found.dtype == torch.float64 and (found - kept).norm() <= 1e-12 * kept.norm()
+        weights = parity.parameters(adapter)
+        start = parameters_to_vector(weights).clone()
+        conditioning, noise = adapter.encode(PROMPTS, case.guidance), adapter.noise(generators(), size)
 
-        def value(offset: float, direction=direction) -> float:
+        def value(offset: Tensor) -> float:
+            vector_to_parameters(start + offset, weights)
+            # a chain of its own: a multistep scheduler remembers the predictions of other weights
+            steps = Chain(adapter, conditioning, num_steps=STEPS, guidance=case.guidance, size=size)
+            latents = draft(steps, noise, None, last_steps="all", memory="fast").latents
+            return float(adapter.decode(latents).pow(2).mean())
+
+        adapted = adapted_weights(adapter, found)
+        for seed, part in enumerate([slice(None), adapted[0], adapted[-1]]):
+            direction = torch.zeros_like(found)
+            entries = direction[part]
+            entries.normal_(generator=torch.Generator().manual_seed(seed))
+            direction /= direction.norm()
+            step = family.difference / 100
             with torch.no_grad():
-                for weight, part in zip(weights, direction.split([w.numel() for w in weights]), strict=True):
-                    weight.add_(offset * part.view_as(weight))
-                out = adapter.decode(full_chain(adapter, case.guidance, size, "fast")).double().pow(2).mean().item()
-                for weight, part in zip(weights, direction.split([w.numel() for w in weights]), strict=True):
-                    weight.sub_(offset * part.view_as(weight))
-            return out
+                quotient = (value(step * direction) - value(-step * direction)) / (2 * step)
+            error = abs(quotient - float(found @ direction)) * len(entries) ** 0.5 / float(found[part].norm())
+            assert error <= 1e-6, f"direction {seed}: {error}"
+    note(name, "differences", "within 1e-6")
 
-        step = family.difference
-        # five points, so that curvature does not count
-        quotient = (8 * (value(step) - value(-step)) - (value(2 * step) - value(-2 * step))) / (12 * step)
-        assert quotient == pytest.approx(float((found * direction).sum()), rel=1e-2)
-    note(name, "differences", "within 1 %")
+
+def adapted_weights(adapter, found: Tensor) -> list[slice]:
+    """Where in the flat gradient the weights are that LoRA adapts by default; some have no part in the image, such as
+    those behind a last block's text, and no gradient."""
+    targets, parts, start = tuple(f".{t}.weight" for t in adapter.lora_targets[adapter.denoiser]), [], 0
+    for path, weight in adapter.trainable[adapter.denoiser].named_parameters():
+        part = slice(start, start := start + weight.numel())
+        if f".{path}".endswith(targets) and found[part].any():
+            parts.append(part)
+    return parts
 
 
 def test_sft_loss_equals_the_training_formula_of_diffusers(name, family):
@@ -196,22 +331,7 @@ def test_sft_loss_equals_the_training_formula_of_diffusers(name, family):
         note(name, "sft", "not offered")
         return
     pipe = family.make()
-    adapter = family.adapter(pipe)
-    size = family.sizes[1]
-    shape = adapter.noise(generators(), size).shape
-    clean, noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
-    u = torch.tensor([0.2, 0.9])
-    prediction, target = family.training(pipe, clean, noise, u, parity.PROMPTS)
-    off = Guidance(mode="off")
-    noisy, timesteps, ours_target = training_pair(adapter.scheduler, clean, noise, u)
-    found = adapter.predict(noisy, timesteps, adapter.encode(parity.PROMPTS, off), off)
-    loss, wanted = (found - ours_target).pow(2).mean(), (prediction - target).pow(2).mean()
-    assert torch.allclose(found, prediction, rtol=1e-4, atol=1e-5)
-    assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
-    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(2))
-    assert family.latents is not None
-    with torch.no_grad():
-        assert torch.allclose(adapter.encode_images(images), family.latents(pipe, images), atol=1e-5)
+    check_sft_loss(family.adapter(pipe), formula(family, pipe))
     note(name, "sft", "equal")
 
 
@@ -321,7 +441,14 @@ def test_the_page_shows_these_results(request):
     rows = [[family.title, *(RESULTS[name][c] for c in COLUMNS)] for name, family in FAMILIES.items()]
     header = ["family", *COLUMNS.values()]
     table = [header, ["---"] * len(header), *rows]
-    text = INTRODUCTION + "\n" + "".join(f"| {' | '.join(row)} |\n" for row in table)
+    mistakes = "; ".join(f"by {checks}: {', '.join(labels)}" for checks, labels in MISTAKES.items())
+    text = (
+        INTRODUCTION
+        + "\n"
+        + textwrap.fill(f"Mistakes noticed {mistakes}.", 120)
+        + "\n\n"
+        + "".join(f"| {' | '.join(row)} |\n" for row in table)
+    )
     if request.config.getoption("--write-pages"):
         PAGE.write_text(text)
     assert PAGE.read_text() == text, "run with --write-pages and commit docs/parity.md"
@@ -332,8 +459,12 @@ INTRODUCTION = """# Parity with diffusers
 Written by `tests/pipelines/test_parity.py`. Every family is built from diffusers' real classes with small random
 weights and the scheduler of its published checkpoint, in fp32. Checked: two prompts of different length in one batch,
 two resolutions, every kind of guidance that the family has. *Image*: our roll-out with the same seeds against
-`pipe(...)`. *Constants*: each is changed, and the check must fail. *Gradient*: of every weight of the denoiser through
-all steps, with the graph kept and recomputed step by step. *SFT loss*: against diffusers' training scripts. *Names for
-ComfyUI*: whose; every key of the export is one that ComfyUI's code accepts, as recorded from it in
-`tests/pipelines/comfyui_names.json`.
+`pipe(...)`. *Constants*: each is changed in the checkpoint, and the image must differ from the unchanged one's.
+*Mistakes*: each is put into the adapter's own code path, and every check that the path goes into must fail: image,
+gradient and SFT loss as in their columns, at two steps. *Gradient*: of every weight of the denoiser through all steps
+and the decoder, with the graph kept and recomputed step by step. *Finite differences*: of that gradient in float64,
+along a random direction in all weights and one each in the first and the last weight that LoRA adapts; the error is
+over the slope that a random direction has on average, the gradient's norm / sqrt(weights). *SFT loss*: prediction, loss
+and the images' latents against diffusers' training scripts. *Names for ComfyUI*: whose; every key of the export is one
+that ComfyUI's code accepts, as recorded from it in `tests/pipelines/comfyui_names.json`.
 """
