@@ -283,6 +283,4 @@ def _question(config: HttpJudge.Config) -> str:
 
 
 def _on(images: Tensor, score: Score) -> Score:
-    from rewardtune.serving.wire import same_device
-
-    return same_device(score, images.device)
+    return score.to(images.device)

@@ -45,7 +45,7 @@ from rewardtune.recipe.sections import (
 from rewardtune.scoring import objective
 from rewardtune.scoring.augment import Augmentation
 from rewardtune.scoring.mixing import Mixing
-from rewardtune.scoring.reward_set import Relative, RewardSet, Term, load_reward
+from rewardtune.scoring.reward_set import Relative, RewardSet, Term, load_section
 from rewardtune.tasks import Task
 from rewardtune.tasks.direct_reward import DirectReward
 from rewardtune.tasks.sft import NO_GUIDANCE, Sft
@@ -249,7 +249,7 @@ def read_model_index(path: str, revision: str | None) -> Mapping[str, Any]:
 
 def build_term(section: RewardSection, *, device: str) -> Term:
     """One reward of an objective."""
-    reward = load_reward(section.name, device=device, **section.options)
+    reward = load_section(section, device=device)
     unknown = sorted(set(section.dimensions or ()) - set(reward.card.dimensions))
     if unknown:
         raise RecipeError(

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -43,6 +44,16 @@ class Score:
     levels: Tensor | None = None
     dimensions: tuple[str, ...] = ()
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Score:
+        """The same on another device."""
+        return Score(
+            self.value.to(device),
+            None if self.distribution is None else self.distribution.to(device),
+            None if self.levels is None else self.levels.to(device),
+            self.dimensions,
+            {name: part.to(device) for name, part in self.parts.items()},
+        )
 
 
 @dataclass(frozen=True)

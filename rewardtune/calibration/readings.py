@@ -109,12 +109,12 @@ def read_rewards(
 
     skip_failed: go on where a reward fails on a picture; else the first failure is an error that names both.
     """
-    from rewardtune.scoring.reward_set import load_reward
+    from rewardtune.scoring.reward_set import load_section
 
     progress = Progress("scoring images", len(rewards) * len(pictures))
     found = []
     for label, section in rewards.items():
-        reward = load_reward(section.name, device=device, **section.options)
+        reward = load_section(section, device=device)
         _check_metadata(reward.card, pictures)
         timed = _Timed(reward)
         said: list[ImageScore | None] = []

@@ -99,7 +99,8 @@ def choose_rewards(wanted: Sequence[RewardSection], trained: Sequence[RewardSect
 
     for section in wanted:
         add(section)
-    trained_labels = frozenset([add(section) for section in trained])
+    # where one was beside the training says nothing of this machine
+    trained_labels = frozenset([add(section.model_copy(update={"device": None})) for section in trained])
     if judge is not None:
         found = next((label for label, section in rewards.items() if judge in (label, section.name)), None)
         if found is None:
@@ -136,14 +137,14 @@ def score_sides(
     device: str,
 ) -> list[Scored]:
     """Score every image with every reward, one reward in memory at a time; writes both files."""
-    from rewardtune.scoring.reward_set import load_reward
+    from rewardtune.scoring.reward_set import load_section
 
     items = plan.items
     prompts = [plan.prompts[p] for p, _ in items]
     progress = Progress("scoring images", len(panel.rewards) * len(sides) * len(items))
     scored = []
     for label, section in panel.rewards.items():
-        reward = load_reward(section.name, device=device, **section.options)
+        reward = load_section(section, device=device)
         images: dict[str, list[ImageScore]] = {}
         batch_size = section.batch_size or max(plan.batch_size, 8)
         for side in sides:

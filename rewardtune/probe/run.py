@@ -137,9 +137,9 @@ def _refuse(card: RewardCard) -> None:
 
 
 def _load(section: RewardSection, *, device: str) -> Reward:
-    from rewardtune.scoring.reward_set import load_reward
+    from rewardtune.scoring.reward_set import load_section
 
-    return load_reward(section.name, device=device, **section.options)
+    return load_section(section, device=device)
 
 
 # ----------------------------------------------------------------------------------------------------------- the walk

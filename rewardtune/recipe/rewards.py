@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rewardtune.recipe.section import Positive, Section
+from rewardtune.recipe.section import Device, Positive, Section
 
 
 class Expectation(Section):
@@ -89,6 +89,9 @@ class RewardSection(Section):
     offset: float = 0.0
     """Value that counts as 0, subtracted before the card's scale divides. It matters where rewards are mixed by their
     minimum; a sum is the same without."""
+    device: Device | None = None
+    """cpu, cuda, cuda:1, mps: where this reward is, if not where the training is. Images go there, values and gradients
+    come back. Of several processes all use it."""
     batch_size: Positive | None = None
     """Most images that go through this reward at once, for one that needs much memory. Values and gradients are the
     same but for the rounding of another batch size."""

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _is_device(name: str) -> str:
+    if re.fullmatch(r"cpu|mps|cuda(:\d+)?", name) is None:
+        raise ValueError(f"{name!r} is no device; write cpu, cuda, cuda:1 or mps")
+    return name
+
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Device = Annotated[str, AfterValidator(_is_device)]
 
 
 class Section(BaseModel):

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from rewardtune.recipe.gradients import GradientSection, steps_needed
 from rewardtune.recipe.guard import GuardSection
 from rewardtune.recipe.rewards import MixingSection, RewardSection, Sum
-from rewardtune.recipe.section import Fraction, Positive, Section
+from rewardtune.recipe.section import Device, Fraction, Positive, Section
 
 R = TypeVar("R", "SftRecipe", "DirectRewardRecipe")
 
@@ -369,7 +369,7 @@ class TrainSection(Section):
     """Split the trained modules' parameters, gradients and optimiser state over all processes (FSDP2)."""
     compile: bool = False
     """torch.compile the denoiser's repeated blocks: minutes of start-up, then faster steps."""
-    device: str | None = None
+    device: Device | None = None
     """cpu, cuda, cuda:1, mps; the best one there is when left out."""
 
     @model_validator(mode="after")

@@ -22,10 +22,13 @@ and [0, 255], are far off."""
 
 
 class Checked:
-    """A reward that refuses what it cannot judge. Anything but `score` is the reward's own."""
+    """A reward that refuses what it cannot judge. Anything but `score` is the reward's own.
 
-    def __init__(self, reward: Reward, config: Any = None) -> None:
-        self.reward, self.config = reward, config
+    place: its device, where images come from another and values go back there, and gradients on their way.
+    """
+
+    def __init__(self, reward: Reward, config: Any = None, *, place: torch.device | None = None) -> None:
+        self.reward, self.config, self.place = reward, config, place
         self.card: RewardCard = reward.card
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Score:
@@ -36,10 +39,11 @@ class Checked:
         """
         check_images(self.card.name, images)
         check_prompts(self.card, prompts, len(images))
-        with named(self.card.name), torch.autocast(images.device.type, enabled=False):
-            score = self.reward.score(images.float(), prompts)
+        given = images.float() if self.place is None else images.float().to(self.place)
+        with named(self.card.name), torch.autocast(given.device.type, enabled=False):
+            score = self.reward.score(given, prompts)
         check_score(self.card.name, score, len(images))
-        return score
+        return score if self.place is None else score.to(images.device)
 
     def __getattr__(self, name: str) -> Any:
         if name == "reward":  # not set yet, as while unpickling: no reward to ask

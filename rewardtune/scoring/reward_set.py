@@ -10,17 +10,21 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from rewardtune import devices
 from rewardtune.errors import DataError
 from rewardtune.plugins import Reward
 from rewardtune.scoring.checked import Checked, check_score, named
 from rewardtune.scoring.mixing import Mixing
 from rewardtune.scoring.objective import Statistic, expectation
 from rewardtune.types import Prompt, Score
+
+if TYPE_CHECKING:
+    from rewardtune.recipe.rewards import RewardSection
 
 Found = TypeVar("Found")
 
@@ -31,6 +35,19 @@ def load_reward(name: str, *, device: str = "cpu", **options: Any) -> Reward:
     Raises PluginError for an unknown name, RecipeError for an unknown option or weights that do not fit, MissingExtra
     when a package is missing.
     """
+    return _load(name, options, device=device)
+
+
+def load_section(section: RewardSection, *, device: str) -> Reward:
+    """A reward as a recipe names it, for images on `device`: on that one, or on the section's own, where images are
+    brought and values fetched from. Raises what `load_reward` does, and RecipeError for a device that is not here."""
+    if section.device is None:
+        return _load(section.name, section.options, device=device)
+    place = devices.find(section.device, key=f"reward {section.name!r}: device")
+    return _load(section.name, section.options, device=str(place), place=place)
+
+
+def _load(name: str, options: Mapping[str, Any], *, device: str, place: torch.device | None = None) -> Reward:
     from rewardtune import registry
     from rewardtune.errors import MissingExtra
     from rewardtune.recipe.validate import missing_requirement, read_options
@@ -40,7 +57,7 @@ def load_reward(name: str, *, device: str = "cpu", **options: Any) -> Reward:
         raise MissingExtra(f"reward {name!r} {why}")
     config = read_options(plugin.Config, options, whose=f"reward {name!r}", listed_by=f"rewardtune rewards show {name}")
     with named(name):
-        return Checked(plugin.load(config, device=device), config)
+        return Checked(plugin.load(config, device=device), config, place=place)
 
 
 @dataclass(frozen=True)

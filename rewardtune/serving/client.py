@@ -84,7 +84,7 @@ class RemoteReward:
             raise DataError(f"{len(images)} images came with {len(prompts)} prompts; give one an image.")
         raw = self._ask("score", images, prompts, largest=LARGEST_ANSWER)
         try:
-            score = wire.same_device(wire.score_of(raw, len(images)), images.device)
+            score = wire.score_of(raw, len(images)).to(images.device)
         except wire.Malformed as error:
             raise self._nonsense(error) from None
         if not bool(torch.isfinite(score.value).all()):

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -187,17 +186,6 @@ def card_of(document: Any) -> RewardCard:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise Malformed(f"the card is none: {wrong}") from None
-
-
-def same_device(score: Score, device: torch.device) -> Score:
-    """The score on another device."""
-    return Score(
-        score.value.to(device),
-        None if score.distribution is None else score.distribution.to(device),
-        None if score.levels is None else score.levels.to(device),
-        score.dimensions,
-        {name: part.to(device) for name, part in score.parts.items()},
-    )
 
 
 def _plain(value: Any) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewardtune import devices
 from rewardtune.errors import RecipeError
 
 
@@ -175,16 +176,7 @@ def _device(name: str | None) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"train.device {name!r} is no device: {error}. Write cpu, cuda, cuda:1 or mps.") from error
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(device.type, False) or (
-        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise RecipeError(f"train.device {name!r} is not on this machine; leave it out to take the best there is.")
-    return device
+    return devices.find(name, key="train.device")
 
 
 def _peak_resident() -> int:
