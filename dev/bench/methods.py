@@ -25,18 +25,26 @@ from rewardtune.training.track import read_metrics
 
 BUILD = Path("build/methods")
 METHODS = {
-    "refl": "{method: refl, earliest: 0.5}",
-    "refl-any": "{method: refl, earliest: 0.0}",
-    "draft-1": "{method: draft, last_steps: 1, memory: fast}",
-    "draft-2": "{method: draft, last_steps: 2, memory: fast}",
-    "draft-all": "{method: draft, last_steps: all, memory: fast}",
-    "draft-lv": "{method: draft_lv, memory: fast}",
-    "alignprop": "{method: alignprop, memory: fast}",
-    "drtune": "{method: drtune, memory: fast}",
-    "direct-align": "{method: direct_align}",
-    "flowbp-sparse": "{method: flowbp_sparse, active_steps: 3, memory: fast}",
+    "refl": ("gradient={method: refl, earliest: 0.5}",),
+    "refl-any": ("gradient={method: refl, earliest: 0.0}",),
+    "draft-1": ("gradient={method: draft, last_steps: 1, memory: fast}",),
+    "draft-2": ("gradient={method: draft, last_steps: 2, memory: fast}",),
+    "draft-all": ("gradient={method: draft, last_steps: all, memory: fast}",),
+    "draft-lv": ("gradient={method: draft_lv, memory: fast}",),
+    "alignprop": ("gradient={method: alignprop, memory: fast}",),
+    "drtune": ("gradient={method: drtune, memory: fast}",),
+    "direct-align": ("gradient={method: direct_align}",),
+    "srpo": (
+        "gradient={method: direct_align}",
+        "rewards.0.relative={positive: Realistic photo, negative: CG render, k: 1.0}",
+    ),
+    "flowbp-sparse": ("gradient={method: flowbp_sparse, active_steps: 3, memory: fast}",),
 }
-"""Name -> `gradient:` of the recipe, whose roll-outs have four steps."""
+"""Name -> changes to the recipe, whose roll-outs have four steps.
+
+SRPO's phrases are its paper's, k is ours: the pocket scorer has never read of photos, and with k = 0 next to nothing
+would be left. It puts the two 0.03 apart in alignment and 0.002 in realism, where pictures differ by 0.3 and 0.6.
+"""
 TIMED, WARM = 8, 3
 SEEDS = 5
 
@@ -48,7 +56,7 @@ def rewardtune(*command: str) -> None:
 def train(method: str, seed: int, steps: int, out: Path) -> Path:
     """A finished run of so many steps."""
     if not (out / "finished.json").exists():
-        rewardtune("train", "pocket/zreward", f"gradient={METHODS[method]}", f"train.steps={steps}",
+        rewardtune("train", "pocket/zreward", *METHODS[method], f"train.steps={steps}",
                    f"train.seed={seed}", "samples.every=100000", "guard=null", "--out", str(out))  # fmt: skip
     return out
 
