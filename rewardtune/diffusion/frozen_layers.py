@@ -65,7 +65,7 @@ def _autocast(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-def _again(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+def _as_before(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """On the way back, which runs outside autocast as a rule: the autocast that held on the way there."""
     if _autocast(device) == dtype:
         return nullcontext()  # entering autocast takes as long as a small layer
@@ -125,7 +125,7 @@ class _SiluOfNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor, None, None]:
         (inputs,) = ctx.saved_tensors
-        with _again(inputs.device, ctx.autocast):
+        with _as_before(inputs.device, ctx.autocast):
             normed = ctx.norm(inputs)
         found: Tensor = torch.ops.aten.silu_backward(upstream[0], normed)
         return found, None, None
@@ -151,7 +151,7 @@ class _Geglu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor, None, None]:
         (inputs,) = ctx.saved_tensors
-        with _again(inputs.device, ctx.autocast):
+        with _as_before(inputs.device, ctx.autocast):
             both = F.linear(inputs, ctx.weight, ctx.bias)
             hidden, gate = both.chunk(2, dim=-1)
             to_hidden, to_gate = (found := torch.empty_like(both)).chunk(2, dim=-1)
