@@ -105,7 +105,7 @@ class Flux:
     def join(self, parts: Sequence[Conditioning]) -> Conditioning:
         from rewardtune.diffusion.conditioning import stacked
 
-        joined: Conditioning = stacked(parts)
+        joined = stacked(parts)
         # the positions of tokens have no batch in front: all prompts share them
         positive = {**joined.positive, "txt_ids": parts[0].positive["txt_ids"]}
         return Conditioning(positive, joined.negative and {**joined.negative, "txt_ids": positive["txt_ids"]})

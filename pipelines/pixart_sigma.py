@@ -108,8 +108,7 @@ class PixArtSigma:
     def join(self, parts: Sequence[Conditioning]) -> Conditioning:
         from rewardtune.diffusion.conditioning import stacked
 
-        joined: Conditioning = stacked(parts)
-        return joined
+        return stacked(parts)
 
     def noise(self, generators: Sequence[torch.Generator], size: tuple[int, int]) -> Tensor:
         import torch

@@ -98,8 +98,7 @@ class StableDiffusion:
     def join(self, parts: Sequence[Conditioning]) -> Conditioning:
         from rewardtune.diffusion.conditioning import stacked
 
-        joined: Conditioning = stacked(parts)
-        return joined
+        return stacked(parts)
 
     def noise(self, generators: Sequence[torch.Generator], size: tuple[int, int]) -> Tensor:
         import torch

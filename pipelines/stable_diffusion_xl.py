@@ -109,8 +109,7 @@ class StableDiffusionXL:
     def join(self, parts: Sequence[Conditioning]) -> Conditioning:
         from rewardtune.diffusion.conditioning import stacked
 
-        joined: Conditioning = stacked(parts)
-        return joined
+        return stacked(parts)
 
     def noise(self, generators: Sequence[torch.Generator], size: tuple[int, int]) -> Tensor:
         import torch

@@ -20,7 +20,7 @@ from rewardtune.randomness import key
 from rewardtune.scorer.rubric import Rubric, around_image, chat, filled, load_rubric
 from rewardtune.scorer.text_scores import FORMATS, Unreadable, level, shown
 from rewardtune.serving import connection
-from rewardtune.serving.connection import Connection, Dropped, Fault, Refused, Unscorable, ask_all
+from rewardtune.serving.connection import Connection, Dropped, Fault, Refused, Unscorable, ask_each, in_order
 
 if TYPE_CHECKING:
     import torch
@@ -141,12 +141,12 @@ class HttpJudge:
             _Row(i, self._messages(data_url(picture), str(prompt), name))
             for i, (picture, prompt) in enumerate(zip(to_pil(images), prompts, strict=True)) for name in names
         )  # fmt: skip
-        found = ask_all(
+        found = in_order(ask_each(
             line, rows, lambda row: self._answer(line, row), total=len(prompts) * len(names),
             concurrency=config.concurrency, share=0.0, noun="answers",
             hint=f"Look at what {config.served_model} writes and at the server's log; `answer` says how it is read, "
             "`repeats` how often it is asked again.",
-        )  # fmt: skip
+        ))  # fmt: skip
         answers = [answer for answer in found if isinstance(answer, _Answer)]
         again = torch.tensor([float(answer.again) for answer in answers]).view(len(prompts), -1).sum(1)
         if rubric is None:

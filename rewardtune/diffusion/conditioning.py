@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Part = TypeVar("Part")
 
 
 def mapped(function: Callable[[Tensor, Any], Tensor], value: Any, like: Any = None) -> Any:
@@ -27,14 +29,19 @@ def mapped(function: Callable[[Tensor, Any], Tensor], value: Any, like: Any = No
     return value
 
 
-def stacked(parts: Sequence[Any]) -> Any:
+def stacked(parts: Sequence[Part]) -> Part:
     """For `Pipeline.join` where every tensor has the batch in front and one size behind it: one after another."""
+    joined: Part = _stacked(parts)
+    return joined
+
+
+def _stacked(parts: Sequence[Any]) -> Any:
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(list(parts))
     if is_dataclass(first) and not isinstance(first, type):
         names = [field.name for field in fields(first)]
-        return replace(first, **{name: stacked([getattr(part, name) for part in parts]) for name in names})
+        return replace(first, **{name: _stacked([getattr(part, name) for part in parts]) for name in names})
     if isinstance(first, Mapping):
-        return {name: stacked([part[name] for part in parts]) for name in first}
+        return {name: _stacked([part[name] for part in parts]) for name in first}
     return first

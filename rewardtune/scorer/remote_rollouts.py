@@ -35,8 +35,9 @@ from rewardtune.serving.connection import (
     Fault,
     Refused,
     Unscorable,
-    ask_all,
+    ask_each,
     first_choice,
+    in_order,
     json_object,
 )
 
@@ -103,11 +104,11 @@ class RemoteSampler:
             for q, one in zip(questions, keys, strict=True)
         )
         asked = self._request(self.loaded[1], temperature, max_tokens or reasoner.max_tokens)
-        found = ask_all(
+        found = in_order(ask_each(
             line, rows, lambda row: self._trace(line, row, asked), total=len(questions), concurrency=self.concurrency,
             share=LOST_SHARE, noun="traces",
             hint="Look at the server's log, or raise objective.rollouts.server.retries.",
-        )  # fmt: skip
+        ))  # fmt: skip
         lost = Skipped()
         for question, one in zip(questions, found, strict=True):
             if isinstance(one, Unscorable):

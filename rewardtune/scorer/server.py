@@ -28,6 +28,7 @@ from rewardtune.serving.connection import (
     Unscorable,
     ask_each,
     first_choice,
+    in_order,
     json_object,
 )
 
@@ -146,8 +147,7 @@ class ServerJudge:
         Raises RecipeError when the server refuses the request, and DataError as soon as more than `unscorable_share`
         of all rows are unscorable.
         """
-        answers = dict(self.judge_each(items, traces=traces, seed=seed))
-        return [answers[place] for place in range(len(items))]
+        return in_order(self.judge_each(items, traces=traces, seed=seed))
 
     def judge_each(
         self, items: Sequence[Item], *, traces: int, seed: int

@@ -218,24 +218,6 @@ class Connection:
         raise Refused(status, said, kind)
 
 
-def ask_all(
-    connection: Connection,
-    rows: Iterable[Row],
-    ask: Callable[[Row], T | Unscorable],
-    *,
-    total: int,
-    concurrency: int,
-    share: float,
-    noun: str,
-    hint: str,
-) -> list[T | Unscorable]:
-    """The answers of `ask_each`, in the order of the rows."""
-    answers = dict(ask_each(
-        connection, rows, ask, total=total, concurrency=concurrency, share=share, noun=noun, hint=hint
-    ))  # fmt: skip
-    return [answers[place] for place in range(total)]
-
-
 def ask_each(
     connection: Connection,
     rows: Iterable[Row],
@@ -300,6 +282,12 @@ def ask_each(
         connection.stopped.set()
         for _ in range(threads):
             todo.put(None)
+
+
+def in_order(answers: Iterable[tuple[int, T]]) -> list[T]:
+    """What `ask_each` and its like give, in the order of the places: all of them, from 0."""
+    found = dict(answers)
+    return [found[place] for place in range(len(found))]
 
 
 def base(url: str) -> str:
