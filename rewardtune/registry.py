@@ -218,7 +218,10 @@ def _changed(folder: str) -> int:
 
 @dataclass(frozen=True)
 class Plugin:
-    """A file or module that was imported because the command line asked for it; a run records both fields."""
+    """A file or module that was imported because the command line asked for it; a run records both fields.
+
+    source: a file's absolute path, which holds wherever the process goes afterwards, or a module's name.
+    """
 
     source: str
     sha256: str
@@ -245,7 +248,7 @@ def load_plugin(source: str) -> Plugin:
         raise PluginError(f"--plugin {source} does not load: {_reason(error)}") from error
     file = getattr(module, "__file__", None)
     content = Path(file).read_bytes() if file else b""
-    _loaded[key] = Plugin(source, hashlib.sha256(content).hexdigest())
+    _loaded[key] = Plugin(key, hashlib.sha256(content).hexdigest())
     return _loaded[key]
 
 

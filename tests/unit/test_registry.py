@@ -178,6 +178,17 @@ def test_a_file_given_with_plugin_registers_its_classes(tmp_path):
     del registry.rewards._decorated["from_file"]
 
 
+def test_a_file_given_by_a_relative_path_is_found_again_from_another_folder(tmp_path, monkeypatch):
+    # a run hands the names on to the processes that it starts, and records them
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "relative_plugin.py").write_text("VALUE = 3\n")
+    monkeypatch.chdir(tmp_path)
+    loaded = load_plugin("relative_plugin.py")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert loaded.source == str(tmp_path / "relative_plugin.py")
+    assert load_plugin(loaded.source) is loaded
+
+
 def test_a_module_given_with_plugin_is_imported(tmp_path, monkeypatch):
     (tmp_path / "plain_module_plugin.py").write_text("VALUE = 3\n")
     monkeypatch.syspath_prepend(str(tmp_path))
