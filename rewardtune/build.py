@@ -414,11 +414,13 @@ def _sampler(pipeline: AnyPipeline, section: SampleSection) -> Callable[[], Tens
 def _exporter(
     pipeline: AnyPipeline, recipe: SftRecipe | DirectRewardRecipe
 ) -> Callable[[Path, Mapping[str, str]], None]:
+    base, revision = recipe.pipeline.model, recipe.pipeline.revision
+
     def run(folder: Path, provenance: Mapping[str, str]) -> None:
         if recipe.lora is not None:
             modules = recipe.lora.modules or [pipeline.denoiser]
-            export.lora(pipeline, modules, folder, provenance, base=recipe.pipeline.model)
+            export.lora(pipeline, modules, folder, provenance, base=base, revision=revision)
         else:
-            export.pipeline(pipeline, folder, provenance, base=recipe.pipeline.model)
+            export.pipeline(pipeline, folder, provenance, base=base, revision=revision)
 
     return run

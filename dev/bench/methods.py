@@ -1,21 +1,25 @@
 """The ways to take the reward gradient, at equal seconds on the pocket pipeline, five seeds: methods.{json,md,png}.
 
-    python dev/bench/methods.py          # trainings one after another on all cores, then comparisons; resumes
+    python dev/bench/methods.py          # the timing needs an idle machine, the rest does not; resumes
 
-Each method is first timed for a few steps, and then given the optimiser steps that fit into `--seconds` of training.
-Everything else is the demo's recipe: adapters, views, rates (Muon, whose updates have the same size whatever the
-gradient's norm, so that one rate serves all), rewards, prompts; no guard. Judged by `pocket-oracle` against the SFT
-start, on validation prompts, because the demo's method may be chosen from it. Needs matplotlib
-(`pip install -e '.[table]'`) for the picture. Finished parts are kept in build/methods.
+Each method is first timed for a few steps, one after another on all cores, and then given the optimiser steps that fit
+into `--seconds` of training; the trainings themselves run beside each other, a thread each. Everything else is the
+demo's recipe: adapters, views, rates (Muon, whose updates have the same size whatever the gradient's norm, so that one
+rate serves all), rewards, prompts; no guard. Judged by `pocket-oracle` against the SFT start, on validation prompts,
+because the demo's method may be chosen from it. Needs matplotlib (`pip install -e '.[table]'`) for the picture.
+Finished parts are kept in build/methods.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +53,16 @@ TIMED, WARM = 8, 3
 SEEDS = 5
 
 
-def rewardtune(*command: str) -> None:
-    subprocess.run([sys.executable, "-m", "rewardtune", *command], check=True)
+def rewardtune(*command: str, threads: int | None = None) -> None:
+    settings = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    subprocess.run([sys.executable, "-m", "rewardtune", *command], check=True, env=settings)
 
 
-def train(method: str, seed: int, steps: int, out: Path) -> Path:
+def train(method: str, seed: int, steps: int, out: Path, threads: int | None = None) -> Path:
     """A finished run of so many steps."""
     if not (out / "finished.json").exists():
-        rewardtune("train", "pocket/zreward", *METHODS[method], f"train.steps={steps}",
-                   f"train.seed={seed}", "samples.every=100000", "guard=null", "--out", str(out))  # fmt: skip
+        rewardtune("train", "pocket/zreward", *METHODS[method], f"train.steps={steps}", f"train.seed={seed}",
+                   "samples.every=100000", "guard=null", "--out", str(out), threads=threads)  # fmt: skip
     return out
 
 
@@ -65,25 +70,27 @@ def seconds(run: Path) -> list[float]:
     return [float(line["seconds"]) for line in read_metrics(run / "metrics.jsonl")]
 
 
-def steps_of(budget: float) -> dict[str, int]:
-    """Optimiser steps of each method in `budget` seconds, by the median step of a short run."""
-    file = BUILD / f"steps-{budget:g}.json"
+def step_seconds() -> dict[str, float]:
+    """The median step of a short run of each method."""
+    file = BUILD / "step-seconds.json"
     if not file.exists():
         found = {m: statistics.median(seconds(train(m, 0, TIMED, BUILD / f"timed-{m}"))[WARM:]) for m in METHODS}
-        file.write_text(json.dumps({method: max(1, round(budget / took)) for method, took in found.items()}))
+        file.write_text(json.dumps(found))
     return dict(json.loads(file.read_text()))
 
 
-def rows_of(document: dict[str, Any], runs: dict[str, Path], seed: int) -> list[dict[str, Any]]:
-    """A row a method: what the judge says of it against the start, and how long it took."""
+def rows_of(
+    document: dict[str, Any], runs: Mapping[str, Path], seed: int, took: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """A row a method: what the judge says of it against the start. took: seconds of a step, alone on the machine."""
     out = []
     for method, run in runs.items():
         side = run.name
         pair = next(p for p in document["pairs"] if (p["a"], p["b"]) == (side, "base"))
-        took = seconds(run)
+        steps = len(seconds(run))
         judge = document["rewards"][side]["pocket-oracle"]
         out.append({
-            "method": method, "seed": seed, "steps": len(took), "seconds": sum(took), "net": pair["net"],
+            "method": method, "seed": seed, "steps": steps, "seconds": steps * took[method], "net": pair["net"],
             "net_ci95": pair["net_ci95"], "facts_net": pair["parts"]["facts"]["net"], "verdict_gain": judge["delta"],
             "trained_gain": document["rewards"][side]["zreward"]["delta"],
             "diversity_ratio": document["diversity_details"][side]["ratio"],
@@ -147,15 +154,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     args = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
-    steps = steps_of(args.seconds)
+    took = step_seconds()
+    steps = {method: max(1, round(args.seconds / took[method])) for method in METHODS}
     rows: list[dict[str, Any]] = []
     for seed in range(args.seeds):
-        runs = {m: train(m, seed, steps[m], BUILD / f"{m}-{seed}") for m in METHODS}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            started = {m: pool.submit(train, m, seed, steps[m], BUILD / f"{m}-{seed}", 1) for m in METHODS}
+        runs = {method: future.result() for method, future in started.items()}
         report = BUILD / f"compare-{seed}"
         if not (report / "compare.json").exists():
             rewardtune("compare", "base", *map(str, runs.values()), "--prompts", "pocket:prompts/validation",
                        "--num-prompts", "128", "--seeds", "1", "--out", str(report))  # fmt: skip
-        rows += rows_of(json.loads((report / "compare.json").read_text()), runs, seed)
+        rows += rows_of(json.loads((report / "compare.json").read_text()), runs, seed, took)
     lines = summary(rows)
     here = Path(__file__)
     document = {"what": "methods at equal seconds of training, pocket pipeline, judged by pocket-oracle",

@@ -205,7 +205,8 @@ def _from_lora(reference: str, folder: Path) -> Side:
         raise RecipeError(
             f"{folder}: the LoRA file does not say which model it belongs to. Compare its run folder instead."
         )
-    return Side("", reference, PipelineSection(model=model), lora=file.parent, known=False)
+    section = PipelineSection(model=model, revision=metadata.get("rewardtune.base_revision"))
+    return Side("", reference, section, lora=file.parent, known=False)
 
 
 def _named(side: Side, section: PipelineSection, taken: set[str]) -> Side:

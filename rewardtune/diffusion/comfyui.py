@@ -26,13 +26,20 @@ _CLIP = re.compile(r"text_encoder(_2)?\.text_model\.encoder\.layers\.\d+\.(self_
 
 
 def export(
-    pipeline: AnyPipeline, modules: Sequence[str], folder: Path, provenance: Mapping[str, str], *, base: str
+    pipeline: AnyPipeline,
+    modules: Sequence[str],
+    folder: Path,
+    provenance: Mapping[str, str],
+    *,
+    base: str,
+    revision: str | None = None,
 ) -> None:
     """Write `comfyui_lora.safetensors`. Raises RecipeError for adapters whose keys ComfyUI is not known to accept."""
     from safetensors.torch import save_file
 
     tensors = keys(pipeline, modules)
-    save_file(tensors, folder / FILE, metadata={"format": "pt", **provenance_metadata(provenance, base)})
+    metadata = provenance_metadata(provenance, base, revision)
+    save_file(tensors, folder / FILE, metadata={"format": "pt", **metadata})
 
 
 def keys(pipeline: AnyPipeline, modules: Sequence[str]) -> dict[str, Tensor]:

@@ -27,12 +27,19 @@ _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def lora(
-    pipeline: AnyPipeline, modules: Sequence[str], folder: Path, provenance: Mapping[str, str], *, base: str
+    pipeline: AnyPipeline,
+    modules: Sequence[str],
+    folder: Path,
+    provenance: Mapping[str, str],
+    *,
+    base: str,
+    revision: str | None = None,
 ) -> None:
     """Write the adapters in diffusers' keys, with alpha = rank so that every loader applies them at full strength.
 
-    Where diffusers has no loader for the family's adapters, the folder is peft's. Raises CheckFailed when a fresh
-    pipeline with the file does not give the trained pipeline's images.
+    base, revision: the pipeline that they were trained on, as a recipe names it. Where diffusers has no loader for the
+    family's adapters, the folder is peft's. Raises CheckFailed when a fresh pipeline with the file does not give the
+    trained pipeline's images.
     """
     from safetensors.torch import load_file, save_file
 
@@ -57,24 +64,33 @@ def lora(
         save_file({f"base_model.model.{k}": v for k, v in states[name].items()}, file, metadata={"format": "pt"})
     with _open(file) as handle:
         metadata = handle.metadata() or {}
-    save_file(load_file(file), file, metadata={**metadata, **provenance_metadata(provenance, base)})
-    _check_lora(pipeline, modules, folder, base)
-    _write_card(folder, provenance, pipeline, base=base, adapters=True)
+    save_file(load_file(file), file, metadata={**metadata, **provenance_metadata(provenance, base, revision)})
+    _check_lora(pipeline, modules, folder, base, revision)
+    _write_card(folder, provenance, pipeline, base=base, revision=revision, adapters=True)
 
 
-def pipeline(trained: AnyPipeline, folder: Path, provenance: Mapping[str, str], *, base: str) -> None:
+def pipeline(
+    trained: AnyPipeline, folder: Path, provenance: Mapping[str, str], *, base: str, revision: str | None = None
+) -> None:
     """Write the whole pipeline. Raises CheckFailed when it does not reload to the same images."""
     trained.pipe.save_pretrained(folder, safe_serialization=True)
     without = dict.fromkeys(absent(trained.pipe))
     fresh = type(trained.pipe).from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **without)
     for name, module in trained.trainable.items():
         _assert_same(name, module, getattr(fresh, name))
-    (folder / "rewardtune.json").write_text(json.dumps(provenance_metadata(provenance, base), indent=1) + "\n")
-    _write_card(folder, provenance, trained, base=base, adapters=False)
+    metadata = provenance_metadata(provenance, base, revision)
+    (folder / "rewardtune.json").write_text(json.dumps(metadata, indent=1) + "\n")
+    _write_card(folder, provenance, trained, base=base, revision=revision, adapters=False)
 
 
 def merged(
-    trained: AnyPipeline, modules: Sequence[str], folder: Path, provenance: Mapping[str, str], *, base: str
+    trained: AnyPipeline,
+    modules: Sequence[str],
+    folder: Path,
+    provenance: Mapping[str, str],
+    *,
+    base: str,
+    revision: str | None = None,
 ) -> None:
     """Fold the adapters into the weights, for good, and write the whole pipeline.
 
@@ -89,7 +105,7 @@ def merged(
             f"{(before - after).abs().max():.2g}); the run's checkpoints are untouched. Please report this with the "
             "output of `rewardtune env`."
         )
-    pipeline(trained, folder, provenance, base=base)
+    pipeline(trained, folder, provenance, base=base, revision=revision)
 
 
 def absent(pipe: Any) -> list[str]:
@@ -103,7 +119,7 @@ def probe(pipe: AnyPipeline) -> Tensor:
     return sample(pipe, ["a dog"], generators, num_steps=_PROBE_STEPS, guidance=Guidance("off"))
 
 
-def _check_lora(trained: AnyPipeline, modules: Sequence[str], folder: Path, base: str) -> None:
+def _check_lora(trained: AnyPipeline, modules: Sequence[str], folder: Path, base: str, revision: str | None) -> None:
     """Wrong keys load nothing in diffusers, silently: so load into a fresh pipeline and look at an image."""
     options = getattr(trained, "options", None)
     adapted = {name: trained.trainable[name] for name in modules}
@@ -114,7 +130,7 @@ def _check_lora(trained: AnyPipeline, modules: Sequence[str], folder: Path, base
         wanted = probe(trained)
     with offload.aside(trained):  # the largest pipelines fit on a device once, not twice
         place = "cpu" if away else str(device)
-        fresh = family.load(resolve(base), options, revision=None, dtype=dtype, device=place)
+        fresh = family.load(resolve(base), options, revision=revision, dtype=dtype, device=place)
         fresh.pipe.set_progress_bar_config(disable=True)
         if away:
             offload.apply(fresh, device=away, stay={fresh.denoiser})
@@ -142,18 +158,25 @@ def _assert_same(name: str, left: nn.Module, right: nn.Module) -> None:
         )
 
 
-def provenance_metadata(provenance: Mapping[str, str], base: str) -> dict[str, str]:
+def provenance_metadata(provenance: Mapping[str, str], base: str, revision: str | None = None) -> dict[str, str]:
     """Flat string metadata, safetensors' only kind, with the ModelSpec keys that model managers read."""
     return {
         **{f"rewardtune.{k}": str(v) for k, v in provenance.items()},
         "rewardtune.base": base,
+        **({} if revision is None else {"rewardtune.base_revision": revision}),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": provenance.get("name", "rewardtune"),
     }
 
 
 def _write_card(
-    folder: Path, provenance: Mapping[str, str], trained: AnyPipeline, *, base: str, adapters: bool
+    folder: Path,
+    provenance: Mapping[str, str],
+    trained: AnyPipeline,
+    *,
+    base: str,
+    revision: str | None,
+    adapters: bool,
 ) -> None:
     import yaml
 
@@ -172,7 +195,9 @@ def _write_card(
     if peft:
         imports.append("from peft import PeftModel")
     without = "".join(f", {name}=None" for name in absent(trained.pipe))
-    how = [*imports, "", f"pipe = DiffusionPipeline.from_pretrained({start}{without})"]
+    at = "" if revision is None else f" at `{revision}`"
+    commit = f', revision="{revision}"' if adapters and revision is not None else ""
+    how = [*imports, "", f"pipe = DiffusionPipeline.from_pretrained({start}{commit}{without})"]
     if peft:
         how.append(f"pipe.{trained.denoiser} = PeftModel.from_pretrained(pipe.{trained.denoiser}, {_THIS})")
     elif adapters:
@@ -182,7 +207,7 @@ def _write_card(
     facts = "\n".join(f"| {k} | `{v}` |" for k, v in sorted(provenance.items()) if k != "recipe")
     (folder / "README.md").write_text(
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n\n# {provenance.get('name', 'rewardtune')}\n\n"
-        f"Trained with rewardtune from `{base}`.\n\n```python\n{example}\n```\n\n"
+        f"Trained with rewardtune from `{base}`{at}.\n\n```python\n{example}\n```\n\n"
         f"| | |\n| --- | --- |\n{facts}\n"
     )
 

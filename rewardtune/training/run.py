@@ -156,9 +156,9 @@ def _other_form(recipe: Recipe, task: Any, *, format: str, merge: bool) -> Write
         raise RecipeError(f"export {wanted} is about adapters of a pipeline; this run ({recipe.task}) trained none.")
     from rewardtune.diffusion import comfyui, export
 
-    base, modules = recipe.pipeline.model, list(task.trainable)
+    base, revision, modules = recipe.pipeline.model, recipe.pipeline.revision, list(task.trainable)
     write = export.merged if merge else comfyui.export
-    return lambda folder, provenance: write(task.pipeline, modules, folder, provenance, base=base)
+    return lambda folder, provenance: write(task.pipeline, modules, folder, provenance, base=base, revision=revision)
 
 
 def _restored(recipe: Recipe, saved: Checkpoint, where: Runtime, guard: Guard | None = None) -> Task:

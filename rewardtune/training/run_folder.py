@@ -149,6 +149,7 @@ def provenance(folder: Path, *, step: int) -> dict[str, str]:
     record = json.loads((folder / "recipe.json").read_bytes())
     plain = {f"{name}_version": version for name, version in record["versions"].items()}
     return {
+        "name": folder.resolve().name,
         "rewardtune_version": record["rewardtune"],
         "recipe_sha256": record["sha256"],
         "recipe": json.dumps(record["recipe"]),

@@ -278,7 +278,11 @@ def test_sides_are_recognised(world: Path, tmp_path: Path) -> None:
     assert bare.lora == lora and [r.name for r in bare.trained_on] == ["run-red"]
     assert reference_side([demo, base]) is base and reference_side([demo, plain]) is demo
     save_file(tensors, lora / file, metadata={"rewardtune.base": "pocket:pipeline"})
-    assert resolve_sides([lora, run])[0].pipeline.model == "pocket:pipeline"
+    found = resolve_sides([lora, run])[0].pipeline
+    assert (found.model, found.revision) == ("pocket:pipeline", None)
+    save_file(tensors, lora / file, metadata={"rewardtune.base": "team/model", "rewardtune.base_revision": "v2"})
+    found = resolve_sides([lora, run])[0].pipeline
+    assert (found.model, found.revision) == ("team/model", "v2")
 
 
 def test_sides_that_cannot_be_compared(world: Path, tmp_path: Path) -> None:

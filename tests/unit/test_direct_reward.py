@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from rewardtune import gradients
 from rewardtune.diffusion import export, lora, offload
+from rewardtune.errors import CheckFailed
 from rewardtune.plugins import Guidance, RewardCard
 from rewardtune.scoring.augment import Augmentation
 from rewardtune.scoring.reward_set import RewardSet, Term
@@ -164,6 +165,34 @@ def test_exported_adapters_load_in_diffusers_to_the_same_image(tmp_path):
         targets = json.loads(file.metadata()["lora_adapter_metadata"])["transformer.target_modules"]
     assert targets == sorted(targets) and len(targets) == len(adapter.lora_targets["transformer"])
     assert 'pipe.load_lora_weights("path/to/this/folder")' in (folder / "README.md").read_text()
+
+
+def test_an_export_is_checked_and_described_at_the_revision_that_was_trained(tmp_path, monkeypatch):
+    """A cache of the hub with two commits of other weights; `main` is the first, the run started from the second."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    root, commits = tmp_path / "models--team--model", ("1a" * 20, "2b" * 20)
+    for number, commit in enumerate(commits):
+        pipe = tiny.z_image()
+        with torch.no_grad():
+            for parameter in pipe.transformer.parameters():
+                parameter.mul_(1 + 0.2 * number)
+        pipe.save_pretrained(root / "snapshots" / commit)
+    (root / "refs").mkdir()
+    (root / "refs/main").write_text(commits[0])
+
+    adapter = ZImage.load("team/model", ZImage.Config(), revision=commits[1], dtype=torch.float32, device="cpu")
+    lora.attach({"transformer": adapter.pipe.transformer}, rank=2, targets=adapter.lora_targets)
+    folder = tmp_path / "export"
+    folder.mkdir()
+    with pytest.raises(CheckFailed, match="do not give the trained pipeline's image"):
+        export.lora(adapter, ["transformer"], folder, {}, base="team/model", revision=commits[0])
+    export.lora(adapter, ["transformer"], folder, {"name": "night"}, base="team/model", revision=commits[1])
+    card = (folder / "README.md").read_text()
+    assert card.count(commits[1]) == 2 and f'from_pretrained("team/model", revision="{commits[1]}")' in card
+    with safe_open(folder / export.LORA_FILE, framework="np") as file:
+        metadata = file.metadata()
+    assert metadata["rewardtune.base_revision"] == commits[1] and metadata["modelspec.title"] == "night"
 
 
 def test_the_trained_pipeline_makes_room_for_the_one_that_an_export_is_checked_with(tmp_path, monkeypatch):
