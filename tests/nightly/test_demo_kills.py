@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.nightly, pytest.mark.timeout(7200)]
 
 def start(out: Path, *overrides: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "rewardtune", "train", "pocket/zreward", *overrides, "--out", str(out)]
+    out.parent.mkdir(exist_ok=True)
     with out.with_suffix(".err").open("ab") as said:
         return subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -37,7 +38,8 @@ def contents(file: Path) -> tuple[dict[str, str], dict[str, bytes]]:
 
 
 def test_five_kills_change_nothing(tmp_path: Path, *overrides: str) -> None:
-    whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(0)
+    # of one name, which exports carry
+    whole, killed, rng = tmp_path / "whole" / "run", tmp_path / "killed" / "run", random.Random(0)
     assert start(whole, *overrides).wait() == 0
     total, previous = steps_done(whole), 0
     for kill in range(5):
