@@ -1,5 +1,6 @@
 """Reward gradients against a policy gradient on the pocket pipeline: images and seconds to the same held-out gain.
 
+    python dev/bench/policy_gradient.py time      # seconds of a step, on an idle machine
     python dev/bench/policy_gradient.py sweep     # seed 0, the same learning rates for both arms
     python dev/bench/policy_gradient.py run       # seeds 1 to 5 at each arm's best rate
     python dev/bench/policy_gradient.py report    # policy_gradient.json beside this file
@@ -8,8 +9,9 @@ Arms: the demo's recipe (DRaFT through all steps), and Flow-GRPO (arXiv 2505.054
 adapters, optimiser, prompts, reward and number of sampling steps; the stochastic sampler of its Eq. 9, groups of eight,
 advantages standardised in the group, one update a batch (so that the clipped ratio is 1), no KL term. Its last step is
 drawn without noise, since four steps would otherwise leave some in the picture. The held-out gain is what
-`pocket-oracle` says of 64 validation prompts more than of the start; looks are no part of the seconds. The seed that a
-rate is picked on is not among those that are measured. Finished runs are kept in build/policy-gradient.
+`pocket-oracle` says of 64 validation prompts more than of the start. The seed that a rate is picked on is not among
+those that are measured. Runs go on beside each other, a thread each, so their seconds are steps times the median step
+of a short run on all cores, without looks. Finished runs are kept in build/policy-gradient.
 
 Reported: gains at equal images and at equal seconds, and how many times the images and the seconds Flow-GRPO takes to
 the same gain. Where it does not get there within its budget, that is a lower bound: more than so many times.
@@ -20,8 +22,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
+import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -51,6 +56,7 @@ BUDGET = {"draft": (100, 8), "flow-grpo": (167, 48)}
 """Optimiser steps and images a step: 800 images, and ten times as many."""
 LOOK_EVERY = {"draft": 10, "flow-grpo": 4}
 """Optimiser steps: 80 images, and 192, so that the arm with the larger budget has looks within the smaller one."""
+TIMED, WARM = 6, 2
 BOOTSTRAP = 10_000
 
 
@@ -126,37 +132,54 @@ class FlowGrpo:
         return mean, level * math.sqrt(-dt)
 
 
-def train(arm: str, rate: float, seed: int) -> Path:
-    """A run of one arm in its folder, with held-out looks on the way."""
-    folder = BUILD / f"{arm}-{rate:g}-{seed}"
+def train(arm: str, rate: float, seed: int, steps: int | None = None) -> Path:
+    """A run of one arm in its folder, with held-out looks on the way. steps: a short run, for the time it takes."""
+    folder = BUILD / (f"{arm}-{rate:g}-{seed}" if steps is None else f"timed-{arm}")
     if (folder / "done").exists():
         return folder
-    steps, images = BUDGET[arm]
+    budget, images = BUDGET[arm]
     overrides = {
-        "train.steps": steps, "train.batch_size": images, "train.seed": seed, "optimizer.lr": rate,
+        "train.steps": steps or budget, "train.batch_size": images, "train.seed": seed, "optimizer.lr": rate,
         "guard": {"prompts": "pocket:prompts/validation", "num_prompts": 64, "seeds": 1, "action": "warn",
                   "rewards": [{"name": "pocket-oracle"}], "every": LOOK_EVERY[arm], "steps": 4,
                   "guidance_scale": 2.0, "batch_size": 32, "min_diversity": None},
     }  # fmt: skip
+    if steps is not None:
+        overrides["guard"] = None
     recipe = load_recipe("pocket/zreward", format_overrides(overrides)).recipe
     assert isinstance(recipe, DirectRewardRecipe)
     parts = build_task(recipe, device="cpu")
     assert isinstance(parts, DirectReward)
     task: Any = parts if arm == "draft" else FlowGrpo(parts)
     folder.mkdir(parents=True, exist_ok=True)
+    guard = build_guard(recipe, task, folder) if steps is None else None
     loop.train(task, folder=folder, train=recipe.train, optimizer=recipe.optimizer, checkpoint=recipe.checkpoint,
-               sample_every=10**9, guard=build_guard(recipe, task, folder))  # fmt: skip
+               sample_every=10**9, guard=guard)  # fmt: skip
     (folder / "done").touch()
     return folder
 
 
+def train_all(jobs: Iterable[tuple[str, float, int]]) -> None:
+    """Runs beside each other, one thread each, the longest first."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), spawn, torch.set_num_threads, (1,)) as pool:
+        ordered = sorted(jobs, key=lambda job: -math.prod(BUDGET[job[0]]))
+        for future in [pool.submit(train, *job) for job in ordered]:
+            future.result()
+
+
+def step_seconds(arm: str) -> float:
+    """The median step of a short run."""
+    lines = read_metrics(BUILD / f"timed-{arm}" / "metrics.jsonl")
+    return statistics.median(float(line["seconds"]) for line in lines[WARM:])
+
+
 def curve(folder: Path, arm: str) -> list[dict[str, float]]:
     """Images drawn, seconds of training and held-out gain of each look."""
-    looks = read_looks(folder / "guard")
-    seconds = np.cumsum([line["seconds"] for line in read_metrics(folder / "metrics.jsonl")])
+    looks, took = read_looks(folder / "guard"), step_seconds(arm)
     start = statistics.fmean(looks[0].values["pocket-oracle"])
     return [
-        {"images": look.step * BUDGET[arm][1], "seconds": float(seconds[look.step - 1]) if look.step else 0.0,
+        {"images": look.step * BUDGET[arm][1], "seconds": look.step * took,
          "gain": statistics.fmean(look.values["pocket-oracle"]) - start}
         for look in looks
     ]  # fmt: skip
@@ -250,6 +273,7 @@ def report() -> dict[str, Any]:
     return {
         "what": "held-out gain, images and seconds, pocket pipeline: DRaFT through all steps, and Flow-GRPO",
         "seeds": list(SEEDS), "rates": rates, "rates_tried": list(RATES), "rates_picked_on_seed": PICKED_ON,
+        "step_seconds": {arm: step_seconds(arm) for arm in BUDGET},
         "final_gain": {arm: interval([c[-1]["gain"] for c in found]) for arm, found in curves.items()},
         "best_gain": {arm: interval([max(p["gain"] for p in c) for c in found]) for arm, found in curves.items()},
         "gain_at_equal_images": equal_spending(curves, "images"),
@@ -264,19 +288,15 @@ def report() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sweep", "run", "report"])
-    parser.add_argument("--arm", choices=list(BUDGET), help="only this one")
+    parser.add_argument("what", choices=["time", "sweep", "run", "report"])
     args = parser.parse_args()
-    arms = [args.arm] if args.arm else list(BUDGET)
-    if args.what == "sweep":
-        for arm in arms:
-            for rate in RATES:
-                train(arm, rate, PICKED_ON)
+    if args.what == "time":
+        for arm in BUDGET:
+            train(arm, RATES[0], PICKED_ON, TIMED)
+    elif args.what == "sweep":
+        train_all((arm, rate, PICKED_ON) for arm in BUDGET for rate in RATES)
     elif args.what == "run":
-        rates = best_rates()
-        for seed in SEEDS:
-            for arm in arms:
-                train(arm, rates[arm], seed)
+        train_all((arm, rate, seed) for arm, rate in best_rates().items() for seed in SEEDS)
     else:
         document = json.dumps(report(), indent=1, allow_nan=False)
         Path(__file__).with_suffix(".json").write_text(document + "\n")
