@@ -17,7 +17,7 @@ class RecipeError(RewardTuneError, ValueError):
 
 
 class PluginError(RewardTuneError, ImportError):
-    """A reward or pipeline plug-in cannot be found or does not load."""
+    """A reward or pipeline plug-in cannot be found, does not load, or does not do what its contract says."""
 
     exit_code = 2
 

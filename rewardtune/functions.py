@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rewardtune.errors import NonFiniteError, PluginError
+from rewardtune.errors import PluginError
 from rewardtune.plugins import Options, RewardCard
 from rewardtune.registry import rewards
 
@@ -90,19 +90,19 @@ def _class_of(function: Callable[..., Any], described: RewardCard) -> type:
 
 
 def _numbers(found: Any, images: Tensor, card: RewardCard) -> Tensor:
-    """(B,) float32 on the images' device. Raises NonFiniteError for anything that is not one number an image."""
+    """(B,) float32 on the images' device. Raises PluginError for anything that is not one number an image."""
     import torch
 
     wanted = f"reward {card.name!r}: its function must return {len(images)} numbers, one an image"
     if card.differentiable and not isinstance(found, torch.Tensor):
-        raise NonFiniteError(
+        raise PluginError(
             f"{wanted}, as a tensor with graph since it is registered as differentiable; it returned "
             f"{type(found).__name__}. Compute in torch, or leave `differentiable` out."
         )
     try:
         numbers = torch.as_tensor(found, device=images.device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise NonFiniteError(f"{wanted}; it returned {str(found)[:80]!r} ({type(found).__name__}).") from error
+        raise PluginError(f"{wanted}; it returned {str(found)[:80]!r} ({type(found).__name__}).") from error
     if numbers.shape != (len(images),) or numbers.is_complex():
-        raise NonFiniteError(f"{wanted}; it returned the shape {tuple(numbers.shape)} of {numbers.dtype}.")
+        raise PluginError(f"{wanted}; it returned the shape {tuple(numbers.shape)} of {numbers.dtype}.")
     return numbers.float()

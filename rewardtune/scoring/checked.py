@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardtune.errors import DataError, NonFiniteError, RewardTuneError
+from rewardtune.errors import DataError, NonFiniteError, PluginError, RewardTuneError
 from rewardtune.plugins import Reward, RewardCard
 from rewardtune.types import Score
 
@@ -35,7 +35,8 @@ class Checked:
         """See `plugins.Reward`. The reward gets float32 and computes outside autocast: its precision is its own.
 
         Raises DataError for images or prompts that it cannot judge, NonFiniteError for pixels or values without a
-        number; each names reward, argument and remedy.
+        number, PluginError for what is no score of these images, NoGraph where a gradient was asked for and the card
+        promises one; each names reward, argument and remedy.
         """
         check_images(self.card.name, images)
         check_prompts(self.card, prompts, len(images))
@@ -43,6 +44,10 @@ class Checked:
         with named(self.card.name), torch.autocast(given.device.type, enabled=False):
             score = self.reward.score(given, prompts)
         check_score(self.card.name, score, len(images))
+        if self.card.differentiable and given.requires_grad and torch.is_grad_enabled():
+            value = score.value if score.distribution is None else score.distribution
+            if not value.requires_grad:  # the loss would have no graph either, and a run would train nothing to its end
+                raise _no_graph(self.card.name)
         return score if self.place is None else score.to(images.device)
 
     def __getattr__(self, name: str) -> Any:
@@ -127,10 +132,37 @@ def check_prompts(card: RewardCard, prompts: Any, count: int) -> None:
             )
 
 
-def check_score(name: str, score: Score, count: int) -> None:
-    """A missing or non-finite reward is never turned into a number."""
+class NoGraph(PluginError):
+    """A reward that calls itself differentiable and is not."""
+
+
+def gradient_of(name: str, value: Tensor, images: Tensor) -> Tensor:
+    """The gradient of a reward's number with respect to images. Raises NoGraph where it has none."""
+    found = torch.autograd.grad(value, images, allow_unused=True)[0] if value.requires_grad else None
+    if found is None:
+        raise _no_graph(name)
+    return found
+
+
+def _no_graph(name: str) -> NoGraph:
+    return NoGraph(
+        f"reward {name!r}: no gradient can be taken: the card says differentiable, and `value` has no graph that leads "
+        "back to the images. Something in `score` cuts it: detach, item, tolist, numpy, PIL, torch.tensor(...) or "
+        "no_grad. Compute in torch from the images on, or write differentiable=False in the card."
+    )
+
+
+def check_score(name: str, score: Any, count: int) -> None:
+    """Raise PluginError for what is no `Score` with a number an image, and NonFiniteError for numbers that are missing:
+    those are never turned into others."""
+    if not isinstance(score, Score) or not isinstance(score.value, torch.Tensor):
+        found = f"a {type(score.value).__name__} as its value" if isinstance(score, Score) else type(score).__name__
+        raise PluginError(
+            f"reward {name!r} returned {found}, where rewardtune.types.Score with a tensor of {count} numbers was "
+            "expected. Write `return Score(value)`."
+        )
     if score.value.shape != (count,):
-        raise NonFiniteError(
+        raise PluginError(
             f"reward {name!r} returned {tuple(score.value.shape)} values for {count} images; it must return one each"
         )
     if not bool(torch.isfinite(score.value).all()):

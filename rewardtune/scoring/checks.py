@@ -18,7 +18,7 @@ from rewardtune.data.records import read_prompts
 from rewardtune.errors import DataError, RewardTuneError
 from rewardtune.plugins import Reward
 from rewardtune.randomness import generator
-from rewardtune.scoring.checked import Checked
+from rewardtune.scoring.checked import Checked, gradient_of
 from rewardtune.types import Prompt, Score
 
 COUNT = 3
@@ -79,7 +79,7 @@ class Subject:
         rows = []
         for index in range(COUNT):
             leaf = self.images.detach().clone().requires_grad_(True)
-            rows.append(slope_of(self.reward.score(leaf, self.prompts).value[index], leaf))
+            rows.append(gradient_of(self.reward.card.name, self.reward.score(leaf, self.prompts).value[index], leaf))
         return torch.stack(rows)
 
     @property
@@ -134,7 +134,7 @@ def check_loaded(
         off = ((value - wanted).abs().max() / low.reward.card.scale).item()
         told, fine = _of_value(value)
         if low.reward.card.differentiable:
-            slope = _of_slope(slope_of(value.sum(), leaf))
+            slope = _of_slope(gradient_of(low.reward.card.name, value.sum(), leaf))
             told, fine = f"{told}, gradient {slope}", fine and slope == FINITE
         return fine, f"{told}; {off:.1g} off those in float32"
 
@@ -201,22 +201,6 @@ def _run(name: str, check: Checker, subject: Subject) -> Check:
 
 
 FINITE = "finite"
-
-
-def slope_of(value: Tensor, leaf: Tensor) -> Tensor:
-    """The gradient of a number with respect to images. Raises NoGraph where it has none."""
-    slope = torch.autograd.grad(value, leaf, allow_unused=True)[0] if value.requires_grad else None
-    if slope is None:
-        raise NoGraph(
-            "no gradient can be taken: the card says differentiable, and `value` has no graph that leads back to the "
-            "images. Something in `score` cuts it: detach, item, tolist, numpy, PIL, torch.tensor(...) or no_grad. "
-            "Compute in torch from the images on, or write differentiable=False in the card."
-        )
-    return slope
-
-
-class NoGraph(RewardTuneError):
-    """A reward that calls itself differentiable and is not."""
 
 
 def _of_slope(slope: Tensor) -> str:
@@ -317,7 +301,7 @@ def _sizes(at: Subject) -> Found:
     found = ", ".join(f"{width} x {height}" for height, width in SIZES)
     if at.reward.card.differentiable:
         leaf = detailed_image(*SIZES[1]).to(at.images).requires_grad_(True)
-        slope = _of_slope(slope_of(at.reward.score(leaf, at.prompts[:1]).value.sum(), leaf))
+        slope = _of_slope(gradient_of(at.reward.card.name, at.reward.score(leaf, at.prompts[:1]).value.sum(), leaf))
         return slope == FINITE, f"{found}; gradient where not square {slope}"
     return True, found
 
@@ -328,7 +312,7 @@ def _bfloat16(at: Subject) -> Found:
     rounded = at.score(leaf.detach().float(), at.prompts).value
     told, fine = _of_value(value)
     if at.reward.card.differentiable:
-        slope = _of_slope(slope_of(value.sum(), leaf))
+        slope = _of_slope(gradient_of(at.reward.card.name, value.sum(), leaf))
         told, fine = f"{told}, gradient {slope}", fine and slope == FINITE
     off = ((value - rounded).abs().max() / at.reward.card.scale).item()
     return fine and off <= 0.01, f"{told}; {off:.1g} off the same pixels in float32"

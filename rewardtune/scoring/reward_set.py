@@ -18,7 +18,7 @@ from torch import Tensor
 from rewardtune import devices
 from rewardtune.errors import DataError
 from rewardtune.plugins import Reward
-from rewardtune.scoring.checked import Checked, check_score, named
+from rewardtune.scoring.checked import Checked, check_score, gradient_of, named
 from rewardtune.scoring.mixing import Mixing
 from rewardtune.scoring.objective import Statistic, expectation
 from rewardtune.types import Prompt, Score
@@ -131,8 +131,7 @@ class RewardSet:
             leaf = images.detach().requires_grad_(True)
             value, seen = score_term(term, leaf, prompts)
             factors = torch.ones_like(value) if weights is None else weights.to(value)
-            (one,) = torch.autograd.grad((factors * value).mean(), leaf)
-            return one, value.detach(), seen
+            return gradient_of(term.name, (factors * value).mean(), leaf), value.detach(), seen
 
         for place, term in enumerate(self.terms):
             one, value, seen = self._fitting(place, len(prompts), one_alone)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewardtune.data.rows import counted
 from rewardtune.errors import DiskError, NonFiniteError, OutOfMemoryError, RecipeError
 from rewardtune.guard.guard import Guard
 from rewardtune.randomness import key
@@ -135,14 +136,15 @@ def train(
                 progress.show(values, memory=where.peak_memory())
             if loop.trackers is not None:
                 loop.trackers.log(values, step=state.step)
+            if state.skipped_in_a_row == 1 and where.main:
+                why = problem or "Its loss or gradients are not finite."
+                print(f"step {state.step} was skipped. {why}", file=sys.stderr)
             if state.skipped_in_a_row > train.max_consecutive_skips:
                 loop.save(state)
-                raise NonFiniteError(
-                    f"{state.skipped_in_a_row} optimiser steps in a row, up to step {state.step}, had a loss or "
-                    f"gradients that are not finite, more than train.max_consecutive_skips "
-                    f"{train.max_consecutive_skips}. {problem + ' ' if problem else ''}The parameters are those "
-                    "before these steps. Lower optimizer.lr, use train.precision fp32, or look at the data and rewards."
-                )
+                raise _skipped(state, problem, f"more than train.max_consecutive_skips {train.max_consecutive_skips}")
+            if state.skipped == state.step == last:
+                loop.save(state, final=True)
+                raise _skipped(state, problem, "all there were")
             if signal:
                 loop.save(state, final=True)
                 raise SystemExit(128 + signal)
@@ -152,6 +154,14 @@ def train(
                 _samples(task, state, loop)
         loop.save(state, final=True)
     return state
+
+
+def _skipped(state: State, problem: str, how_many: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"{counted(state.skipped_in_a_row, 'optimiser step')} in a row, up to step {state.step}, had a loss or "
+        f"gradients that are not finite, {how_many}. {problem + ' ' if problem else ''}The parameters are those before "
+        "that. Lower optimizer.lr, use train.precision fp32, or look at the data and rewards."
+    )
 
 
 def _step(task: Task, state: State, *, train: TrainSection, share: int, loop: Loop) -> tuple[dict[str, Any], int, str]:
@@ -336,6 +346,12 @@ def _samples(task: Task, state: State, loop: Loop, *, again: bool = True) -> Non
         return
     from rewardtune.data.images import grid
 
+    if not bool(torch.isfinite(images).all()):
+        remedy = "Lower optimizer.lr, or use" if step else "Use pipeline.dtype float32 and"
+        raise NonFiniteError(
+            f"the samples of step {step} hold NaN or infinite pixels: with these weights the pipeline draws no picture. "
+            f"{remedy} train.precision fp32, and start anew with --fresh."
+        )
     try:
         path.parent.mkdir(exist_ok=True)
         grid(images.float().cpu(), columns=math.ceil(math.sqrt(len(images)))).save(path)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from rewardtune import load_reward, register_reward_function, registry
 from rewardtune.errors import NonFiniteError, PluginError
+from rewardtune.scoring.checked import NoGraph
 from rewardtune.scoring.checks import check_reward
 
 IMAGES = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 0.6)])
@@ -88,6 +89,9 @@ def test_a_function_that_cuts_the_gradient_fails_the_checks(made):
     name = made(lambda images, prompts: images.detach().mean((1, 2, 3)), differentiable=True, needs_prompt=False)
     failed = [check.name for check in check_reward(load_reward(name)) if not check.passed]
     assert "gradient reaches every image" in failed
+    assert load_reward(name).score(IMAGES, PROMPTS).value.shape == (2,)
+    with pytest.raises(NoGraph, match=rf"reward '{name}': no gradient can be taken.*detach"):
+        load_reward(name).score(IMAGES.clone().requires_grad_(), PROMPTS)
 
 
 def test_any_callable_will_do(made):
@@ -119,7 +123,9 @@ def test_any_callable_will_do(made):
 )
 def test_anything_else_is_no_number_and_never_becomes_one(made, answer, card, said):
     name = made(answer, **card)
-    with pytest.raises(NonFiniteError, match=rf"reward '{name}'.*{said}"):
+    # the wrong kind of answer is the function's mistake at every step, a missing number this step's
+    error = NonFiniteError if "not finite" in said else PluginError
+    with pytest.raises(error, match=rf"reward '{name}'.*{said}"):
         load_reward(name).score(IMAGES, PROMPTS)
 
 

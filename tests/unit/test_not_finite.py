@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -15,10 +18,11 @@ from safetensors.torch import load_file
 
 from rewardtune import gradients
 from rewardtune.diffusion import lora
-from rewardtune.errors import NonFiniteError
+from rewardtune.errors import NonFiniteError, PluginError
 from rewardtune.gradients import METHODS
 from rewardtune.plugins import Guidance, RewardCard
 from rewardtune.recipe.sections import CheckpointSection, DirectRewardRecipe, OptimizerSection, TrainSection
+from rewardtune.scoring.checked import Checked, NoGraph
 from rewardtune.scoring.reward_set import RewardSet, Term
 from rewardtune.tasks.direct_reward import DirectReward
 from rewardtune.training.loop import train
@@ -114,3 +118,62 @@ def test_too_many_in_a_row_end_the_run_with_the_weights_of_before(tmp_path):
     first, last = saved(tmp_path, 1), saved(tmp_path, 4)
     assert first.keys() == last.keys() and all(torch.equal(tensor, last[name]) for name, tensor in first.items())
     assert [line["skipped"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+
+
+def test_a_run_of_skipped_steps_alone_has_no_success(tmp_path, capsys):
+    task = build("draft", [Treacherous(["nan"] * 2)], "value")
+    with pytest.raises(NonFiniteError, match=r"2 optimiser steps in a row, up to step 2, .*, all there were"):
+        run(tmp_path, task, steps=2)
+    assert capsys.readouterr().err.count("was skipped") == 1
+    assert (tmp_path / "checkpoints/step-000002").is_dir()
+
+
+def test_what_skipped_a_step_is_said_at_once(tmp_path, capsys):
+    run(tmp_path, build("draft", [Checked(Treacherous(["fine", "worthless", "fine"]))], "value"), steps=3)
+    said = capsys.readouterr().err
+    assert "step 2 was skipped. reward 'treacherous' returned a value that is not finite for image(s) [1]" in said
+
+
+def test_samples_without_numbers_end_the_run_with_what_to_do(tmp_path):
+    task = build("draft", [Green()], "value")
+    drawn = [torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), torch.nan)]
+    task.samples = lambda: drawn.pop(0)
+    with pytest.raises(NonFiniteError, match=r"the samples of step 2 .* Lower optimizer\.lr"):
+        run(tmp_path, task, steps=2)
+
+
+@dataclasses.dataclass
+class Broken:
+    """What a plug-in's mistake gives."""
+
+    give: Callable[[torch.Tensor], Any]
+    card = RewardCard("broken", "", differentiable=True, needs_prompt=False, range=(0, 1))
+
+    def score(self, images, prompts):
+        return self.give(images)
+
+
+@pytest.mark.parametrize("balance", ["one reward", "value", "gradient"])
+@pytest.mark.parametrize(
+    ("give", "error", "said"),
+    [
+        (lambda images: Score(images.detach().mean((1, 2, 3))), NoGraph, "no gradient can be taken"),
+        (lambda images: images.mean((1, 2, 3)), PluginError, "returned Tensor, where rewardtune.types.Score"),
+        (lambda images: Score([0.5, 0.5]), PluginError, "returned a list as its value"),
+        (lambda images: Score(images.mean()), PluginError, r"returned \(\) values for 2 images"),
+    ],
+    ids=["without a graph", "no score", "a list", "a scalar"],
+)
+def test_a_reward_that_breaks_its_contract_ends_the_run_at_the_first_step(tmp_path, balance, give, error, said):
+    rewards = [Checked(Broken(give)), *([] if balance == "one reward" else [Green()])]
+    task = build("draft", rewards, "value" if balance == "one reward" else balance)
+    with pytest.raises(error, match=f"reward 'broken'.* {said}") as ended:
+        run(tmp_path, task, steps=2)
+    assert ended.value.exit_code == 2 and not (tmp_path / "checkpoints").exists()
+
+
+def test_weights_of_a_reward_are_no_way_back_to_the_images(tmp_path):
+    weight = torch.ones((), requires_grad=True)  # a model that was not frozen, behind a cut
+    broken = Checked(Broken(lambda images: Score(images.detach().mean((1, 2, 3)) * weight)))
+    with pytest.raises(NoGraph, match="no gradient can be taken"):
+        run(tmp_path, build("draft", [broken, Green()], "gradient"), steps=1)

@@ -12,7 +12,7 @@ import torch
 from served import TOKEN, serving
 
 from rewardtune import load_reward
-from rewardtune.errors import DataError, NonFiniteError, OutOfMemoryError, RecipeError
+from rewardtune.errors import DataError, NonFiniteError, OutOfMemoryError, PluginError, RecipeError
 from rewardtune.plugins import RewardCard
 from rewardtune.scoring.objective import statistic
 from rewardtune.scoring.reward_set import RewardSet, Term
@@ -286,7 +286,7 @@ def test_another_version_is_noticed(monkeypatch):
 @pytest.mark.parametrize(
     ("answer", "error", "said"),
     [
-        (lambda i, p: Score(i.mean()[None]), NonFiniteError, r"returned \(1,\) values for 3 images"),
+        (lambda i, p: Score(i.mean()[None]), PluginError, r"returned \(1,\) values for 3 images"),
         (lambda i, p: Score(i.mean((1, 2, 3)) / 0 * 0), NonFiniteError, r"not finite for image\(s\) \[0, 1, 2\]"),
         (lambda i, p: _raise(DataError("the prompt carries no facts")), DataError, "carries no facts"),
         (lambda i, p: _raise(torch.OutOfMemoryError("tried 9 GiB")), OutOfMemoryError, "tried 9 GiB"),
