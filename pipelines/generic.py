@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from rewardtune.diffusion import pipeline_source
+from rewardtune.diffusion.schedulers import fresh
 from rewardtune.errors import RecipeError
 from rewardtune.plugins import Guidance, Options
 
@@ -90,7 +91,7 @@ class Generic:
         for name in ("safety_checker", "watermark"):
             if getattr(pipe, name, None) is not None:
                 setattr(pipe, name, None)
-        self.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        self.scheduler = fresh(pipe.scheduler)
         self.image_size = self.options.size or self._own_size()
         processor = getattr(pipe, "image_processor", None)
         factor = processor.config.get("vae_scale_factor") if processor is not None else None
@@ -145,7 +146,7 @@ class Generic:
         denoiser = self.trainable[self.denoiser]
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in denoiser.parameters())
         # a scheduler of its own: what one keeps from an earlier call must not reach this one
-        with _replaced(self.pipe, "scheduler", type(self.scheduler).from_config(self.scheduler.config)):
+        with _replaced(self.pipe, "scheduler", fresh(self.scheduler)):
             steps = _Steps(self.pipe, gradient_steps, recompute=recompute)
             with steps.watched(denoiser) if trained else nullcontext():
                 images = self._run(arguments)
