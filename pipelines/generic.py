@@ -147,6 +147,7 @@ class Generic:
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in denoiser.parameters())
         # a scheduler of its own: what one keeps from an earlier call must not reach this one
         with _replaced(self.pipe, "scheduler", fresh(self.scheduler)):
+            self.pipe._num_timesteps = None  # an earlier call's
             steps = _Steps(self.pipe, gradient_steps, recompute=recompute)
             with steps.watched(denoiser) if trained else nullcontext():
                 images = self._run(arguments)
@@ -155,8 +156,10 @@ class Generic:
         return images.float()
 
     def _run(self, arguments: Mapping[str, Any]) -> Tensor:
+        seed = arguments["generator"][0].initial_seed()
         try:
-            images = self._function(self.pipe, **arguments)[0]
+            with _seeded(seed, self.pipe._execution_device):
+                images = self._function(self.pipe, **arguments)[0]
         except RecipeError:
             raise
         except RuntimeError as error:
@@ -236,19 +239,19 @@ class _Steps:
         scheduler, vae = self._pipe.scheduler, getattr(self._pipe, "vae", None)
         with ExitStack() as stack:
             stack.enter_context(_replaced(scheduler, "step", self._counted(scheduler.step)))
-            stack.enter_context(_replaced(denoiser, "forward", self._recorded(denoiser.forward)))
+            stack.enter_context(_replaced(denoiser, "forward", self._recorded(denoiser)))
             if vae is not None:
                 # recomputing the decoder keeps its graph away while the reward's lives, and the other way round
                 stack.enter_context(_replaced(vae, "decode", self._recomputed(vae.decode)))
             yield
 
     def check(self, images: Tensor) -> None:
-        """Raise RecipeError where the call took other steps than its scheduler has, or its image has no graph."""
-        total = len(self._pipe.scheduler.timesteps)
-        if self._taken != total:
+        """Raise RecipeError where the call took other steps than it was to take, or its image has no graph."""
+        if self._taken != self._total:
             raise _refusal(
                 self._pipe,
-                f"takes {self._taken} steps where its scheduler has {total}, so it cannot be told which are the last",
+                f"takes {self._taken} steps where its scheduler has {self._total}, so it cannot be told which are the "
+                "last",
             )
         if self._chosen and not images.requires_grad:
             raise _refusal(
@@ -257,9 +260,15 @@ class _Steps:
                 "there is nothing to train on",
             )
 
+    @property
+    def _total(self) -> int:
+        """The steps of this call: as it notes them before the first, for it may leave some of the scheduler's out."""
+        noted: int | None = getattr(self._pipe, "_num_timesteps", None)
+        return len(self._pipe.scheduler.timesteps) if noted is None else noted
+
     @cached_property
     def _chosen(self) -> range:
-        return self._gradient_steps(len(self._pipe.scheduler.timesteps))
+        return self._gradient_steps(self._total)
 
     def _counted(self, step: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(step)  # pipelines ask for its signature
@@ -269,8 +278,10 @@ class _Steps:
 
         return counted
 
-    def _recorded(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _recorded(self, denoiser: Any) -> Callable[..., Any]:
         import torch
+
+        forward: Callable[..., Any] = denoiser.forward
 
         @wraps(forward)
         def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -284,7 +295,9 @@ class _Steps:
                     "leaves the graph between its steps (it detaches its latents, or its scheduler does), so only the "
                     "last one would be trained",
                 )
-            return (self._recomputed(forward) if self._recompute else forward)(*args, **kwargs)
+            if not self._recompute:
+                return forward(*args, **kwargs)
+            return self._recomputed(_with_its_processors(denoiser, forward))(*args, **kwargs)
 
         return recorded
 
@@ -334,6 +347,30 @@ def _refusal(pipe: Any, what: str) -> RecipeError:
     return RecipeError(f"pipeline.family generic: {type(pipe).__name__} {what.rstrip('.')}.")
 
 
+def _with_its_processors(denoiser: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` with the attention processors of now, whenever it is run.
+
+    Some calls put others in and take them out at their end (perturbed-attention guidance): a step that is run again on
+    the way back would be another function.
+    """
+    processors = getattr(denoiser, "attn_processors", None)
+    if processors is None:
+        return forward
+
+    @wraps(forward)
+    def same(*args: Any, **kwargs: Any) -> Any:
+        before = denoiser.attn_processors
+        if all(before.get(name) is processor for name, processor in processors.items()):
+            return forward(*args, **kwargs)
+        denoiser.set_attn_processor(dict(processors))  # takes out of the dict what it has put in
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            denoiser.set_attn_processor(dict(before))
+
+    return same
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     """The tensors among a call's arguments, and in their lists and dicts."""
     import torch
@@ -343,6 +380,23 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple | Mapping):
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(part)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, torch's own generators start from `seed`; afterwards they go on as if nothing had been drawn.
+
+    Some calls draw from them, beside the generators that they are given: for a scheduler's noise, to rewrite a prompt.
+    """
+    import torch
+
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for one in cuda:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 @contextmanager

@@ -166,6 +166,35 @@ def stable_diffusion(scheduler=None):
     )
 
 
+def noisy():
+    """Draws noise in every step."""
+    return stable_diffusion(
+        diffusers.EulerAncestralDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    )
+
+
+def perturbed():
+    """Puts attention processors of its own into the denoiser for the time of its call."""
+    parts = stable_diffusion(euler()).components
+    pipe = diffusers.StableDiffusionPAGPipeline(
+        **parts, pag_applied_layers="down_blocks.0.attentions.0", requires_safety_checker=False
+    )
+    return tiny.ready(pipe)
+
+
+def sana_sprint():
+    """Leaves the last of its scheduler's steps out, and embeds its guidance."""
+    from families.sana import make
+
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=1, attention_head_dim=32, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=16,
+        sample_size=8, guidance_embeds=True, qk_norm="rms_norm_across_heads",
+    )  # fmt: skip
+    parts = {**make().components, "transformer": transformer, "scheduler": diffusers.SCMScheduler()}
+    return tiny.ready(diffusers.SanaSprintPipeline(**parts))
+
+
 def euler():
     return diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
@@ -183,6 +212,8 @@ FOREIGN = {
     "ovis_image": (ovis_image, {"max_sequence_length": 64}),
     # takes true_cfg_scale beside the guidance that its transformer embeds
     "flux": (flux, {"max_sequence_length": 32}),
+    "noisy": (noisy, {}),
+    "perturbed": (perturbed, {}),
 }
 """Pipelines that the adapter knows nothing of, and options of their call."""
 
@@ -203,9 +234,9 @@ def arguments(adapter, guidance, size=SIZES[0]):
     }  # fmt: skip
 
 
-def roll_out(adapter, guidance, last_steps="all", memory="fast"):
+def roll_out(adapter, guidance, last_steps="all", memory="fast", size=SIZES[0]):
     return adapter.rollout(
-        PROMPTS, generators(), num_steps=STEPS, guidance=guidance, size=SIZES[0],
+        PROMPTS, generators(), num_steps=STEPS, guidance=guidance, size=size,
         **choice(None, last_steps=last_steps, memory=memory)._asdict(),
     )  # fmt: skip
 
@@ -265,6 +296,23 @@ def test_gradient_of_the_last_steps_is_that_of_a_call_cut_before_them(foreign, m
     found = gradient(Raw(foreign), lambda: roll_out(foreign, guidance, STEPS - 2, memory))
     assert difference(found, wanted) <= 1e-5
     assert difference(whole, wanted) > 1e-3
+
+
+def test_steps_that_the_call_leaves_out_do_not_count():
+    call = {"use_resolution_binning": False, "intermediate_timesteps": None, "complex_human_instruction": None}
+    adapter, guidance, size = Generic(sana_sprint(), Generic.Config(call=call)), Guidance("full", 3.0), (32, 32)
+
+    def cut(pipe, i, timestep, kwargs):
+        return {"latents": kwargs["latents"].detach() if i == STEPS - 2 else kwargs["latents"]}
+
+    plain = type(adapter.pipe).__call__.__wrapped__
+    wanted = gradient(
+        Raw(adapter),
+        lambda: plain(adapter.pipe, **arguments(adapter, guidance, size), callback_on_step_end=cut).images,
+    )
+    for memory in ("fast", "flat"):
+        found = gradient(Raw(adapter), lambda memory=memory: roll_out(adapter, guidance, 1, memory, size))
+        assert difference(found, wanted) <= 1e-5
 
 
 DEDICATED = {
@@ -372,6 +420,13 @@ def test_a_call_does_not_depend_on_the_one_before():
     first = roll_out(adapter, OFF)
     adapter.pipe(**{**arguments(adapter, OFF), "num_inference_steps": 7})
     assert torch.equal(roll_out(adapter, OFF), first)
+
+
+def test_what_a_call_draws_beside_its_generators_follows_from_their_seeds():
+    adapter = changed(image(lambda images: (images + torch.rand(()) / 10).clamp(0, 1)))
+    before = torch.get_rng_state()
+    first, second = roll_out(adapter, OFF), roll_out(adapter, OFF)
+    assert torch.equal(first, second) and torch.equal(torch.get_rng_state(), before)
 
 
 # ----------------------------------------------------------------------------------------------------------- guidance
@@ -606,6 +661,11 @@ def test_a_recipe_is_built_with_the_steps_that_its_method_chooses(recipe):
     assert list(task.trainable) == ["transformer"] and all(
         p.requires_grad for p in task.trainable["transformer"].parameters()
     )
+
+
+def test_a_scheduler_may_draw_noise_since_its_steps_are_never_run_again(recipe, tmp_path):
+    noisy().save_pretrained(tmp_path / "base")
+    assert isinstance(build_task(recipe(RECIPE), device="cpu"), DirectReward)
 
 
 def test_what_takes_single_steps_is_refused_before_anything_is_loaded(recipe):
