@@ -29,7 +29,8 @@ _NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "out
 _VIDEO = ("num_frames", "video", "video_length", "num_videos_per_prompt", "frames")
 _START = ("strength", "mask_image", "control_image", "control_guidance_start", "controlnet_conditioning_scale")
 _PICTURES = ("image", "images", "input_images", "reference_image")
-_OURS = {*_NEEDED, "guidance_scale", "true_cfg_scale", "negative_prompt", "num_images_per_prompt", "latents"}
+_EMBEDDED = ("distilled_guidance_scale", "guidance_scale")
+_OURS = {*_NEEDED, *_EMBEDDED, "true_cfg_scale", "negative_prompt", "num_images_per_prompt", "latents"}
 
 
 class Generic:
@@ -112,10 +113,14 @@ class Generic:
         said: dict[str, Any] = {}
         if "true_cfg_scale" in self._parameters:
             said["true_cfg_scale"] = guidance.scale if guided else 1.0
-            if guidance.embedded is not None and "guidance_scale" in self._parameters:
-                said["guidance_scale"] = guidance.embedded
-        elif "guidance_scale" in self._parameters:
+        elif "guidance_scale" not in self._parameters:
+            self._check_scale_of_parts(guidance)
+        elif not self._embeds():
             said["guidance_scale"] = guidance.scale if guided else self._unguided()
+        # what a distilled denoiser takes as an input has the call's own default when it is left out
+        input_name = next((name for name in _EMBEDDED if name in self._parameters and name not in said), None)
+        if guidance.embedded is not None and input_name is not None and self._embeds():
+            said[input_name] = guidance.embedded
         # those of `true_cfg_scale` guide only where there is a negative prompt, be it an empty one
         if guided and (negative or "true_cfg_scale" in said):
             if "negative_prompt" not in self._parameters:
@@ -146,7 +151,10 @@ class Generic:
         denoiser = self.trainable[self.denoiser]
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in denoiser.parameters())
         # a scheduler of its own: what one keeps from an earlier call must not reach this one
-        with _replaced(self.pipe, "scheduler", fresh(self.scheduler)):
+        with ExitStack() as stack:
+            stack.enter_context(_replaced(self.pipe, "scheduler", fresh(self.scheduler)))
+            for name, part in self._guiders().items() if guidance.mode == "off" else ():
+                stack.enter_context(_replaced(self.pipe, name, part.new(enabled=False)))
             self.pipe._num_timesteps = None  # an earlier call's
             steps = _Steps(self.pipe, gradient_steps, recompute=recompute)
             with steps.watched(denoiser) if trained else nullcontext():
@@ -210,6 +218,28 @@ class Generic:
             if not getattr(self.pipe, "do_classifier_free_guidance", False):
                 return scale
         raise self._refusal("guides at every scale; write rollout.guidance: full")
+
+    def _embeds(self) -> bool:
+        """Whether the denoiser is distilled for guidance, and takes it as an input."""
+        config = getattr(self.pipe, self.denoiser).config
+        return bool(config.get("guidance_embeds")) or config.get("time_cond_proj_dim") is not None
+
+    def _guiders(self) -> dict[str, Any]:
+        """The parts that guide, in pipelines that leave it to parts of their own."""
+        from diffusers import BaseGuidance
+
+        return {name: part for name, part in self.pipe.components.items() if isinstance(part, BaseGuidance)}
+
+    def _check_scale_of_parts(self, guidance: Guidance) -> None:
+        """Raise RecipeError for a scale other than that of the parts that guide, for a call that takes none."""
+        scales = {name: part.guidance_scale for name, part in self._guiders().items() if part._enabled}
+        if guidance.mode == "full" and guidance.scale not in (set(scales.values()) or {1.0}):
+            told = " and ".join(f"its part {name} by {scale:g}" for name, scale in scales.items())
+            raise self._refusal(
+                f"takes no guidance_scale: {told} guides it, so give that scale"
+                if scales
+                else "takes no guidance_scale and no part of it guides; write rollout.guidance: off, or a scale of 1"
+            )
 
     def _own_size(self) -> tuple[int, int]:
         defaults = [self._parameters[name].default for name in ("height", "width")]

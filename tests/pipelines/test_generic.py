@@ -195,6 +195,37 @@ def sana_sprint():
     return tiny.ready(diffusers.SanaSprintPipeline(**parts))
 
 
+def hunyuan_image(guider=None, **transformer):
+    """Guides by a part of its own."""
+    from families.qwen_image import tokenizer
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 2, "eos_token_id": 3,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    pipe = diffusers.HunyuanImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=diffusers.AutoencoderKLHunyuanImage(
+            in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 32), layers_per_block=1,
+            spatial_compression_ratio=2, sample_size=16, scaling_factor=0.6,
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=tokenizer(), text_encoder_2=t5(), tokenizer_2=tiny.words(),
+        transformer=diffusers.HunyuanImageTransformer2DModel(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1,
+            num_single_layers=1, num_refiner_layers=1, text_embed_dim=16, text_embed_2_dim=16, rope_axes_dim=(4, 4),
+            **transformer,
+        ),
+        guider=guider,
+    )  # fmt: skip
+    pipe.tokenizer_max_length = 40
+    return tiny.ready(pipe)
+
+
 def euler():
     return diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
@@ -445,6 +476,33 @@ def test_guidance_is_said_in_the_calls_own_words():
     assert true.call(Guidance("full", 4.0)) == {"true_cfg_scale": 4.0, "negative_prompt": ""}
     images = [roll_out(true, g) for g in (OFF, Guidance("off", embedded=2.5), Guidance("full", 4.0))]
     assert not torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+
+
+def test_a_distilled_denoiser_takes_its_guidance_under_the_name_that_the_call_has_for_it():
+    sprint = Generic(sana_sprint())
+    for mode in ("off", "full"):
+        assert sprint.call(Guidance(mode, 3.0)) == {}  # its own default
+        assert sprint.call(Guidance(mode, 3.0, embedded=2.0)) == {"guidance_scale": 2.0}
+    distilled = Generic(hunyuan_image(guidance_embeds=True))
+    assert distilled.call(Guidance("off", embedded=2.0)) == {"distilled_guidance_scale": 2.0}
+    assert Generic(aura_flow()).call(Guidance("off", embedded=2.0)) == {"guidance_scale": 1.0}
+
+
+def test_parts_that_guide_are_off_where_guidance_is_and_have_the_scale_that_was_asked_for():
+    pipe = hunyuan_image(diffusers.ClassifierFreeGuidance(guidance_scale=3.0))
+    adapter, own = Generic(pipe), pipe.guider
+    guided = roll_out(adapter, Guidance("full", 3.0))
+    assert torch.equal(guided, pipe(**arguments(adapter, Guidance("full", 3.0))).images)
+    unguided = roll_out(adapter, OFF)
+    assert not torch.equal(guided, unguided) and pipe.guider is own
+    pipe.guider.disable()
+    assert torch.equal(unguided, pipe(**arguments(adapter, OFF)).images)
+    assert adapter.call(Guidance("full", 1.0)) == {}
+    with pytest.raises(RecipeError, match=r"no part of it guides; write rollout\.guidance: off"):
+        adapter.call(Guidance("full", 3.0))
+    pipe.guider.enable()
+    with pytest.raises(RecipeError, match="its part guider by 3 guides it, so give that scale"):
+        adapter.call(Guidance("full", 4.0))
 
 
 def test_a_branch_without_gradient_is_refused():
