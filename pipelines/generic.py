@@ -8,10 +8,12 @@ nothing.
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property, wraps
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -46,6 +48,8 @@ class Generic:
         """More keyword arguments of the pipeline's call, such as max_sequence_length."""
         size: tuple[int, int] | None = None
         """Height and width that a recipe gets when it names none; the pipeline's own when left out."""
+        signed: bool = False
+        """Whether the call gives values from -1 to 1 for output_type="pt", and converts them for pictures only."""
 
     @classmethod
     def matches(cls, model_index: Mapping[str, Any]) -> bool:
@@ -89,9 +93,9 @@ class Generic:
                     + f". There are: {', '.join(n for n in self._parameters if n not in _OURS and n != 'self')}."
                 )
         # they blacken or mark images, outside of any graph
-        for name in ("safety_checker", "watermark"):
-            if getattr(pipe, name, None) is not None:
-                setattr(pipe, name, None)
+        self._without = [name for name in ("safety_checker", "watermark") if getattr(pipe, name, None) is not None]
+        for name in self._without:
+            setattr(pipe, name, None)
         self.scheduler = fresh(pipe.scheduler)
         self.image_size = self.options.size or self._own_size()
         processor = getattr(pipe, "image_processor", None)
@@ -175,13 +179,25 @@ class Generic:
                 raise self._refusal(f"leaves the graph on its way to the image: {error}") from error
             raise
         except ValueError as error:
-            raise self._refusal(f"refuses its call: {error}") from error
+            raise self._refusal(f"refuses its call: {self._told(error)}") from error
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise self._refusal(
+                f"breaks off in its call ({Path(where.filename).name}, line {where.lineno}) with "
+                f"{type(error).__name__}: {self._told(error)}"
+            ) from error
         return self._checked(images, (len(arguments["prompt"]), 3, arguments["height"], arguments["width"]))
 
     def _check_kind(self) -> None:
         """Raise RecipeError unless this is a pipeline from text to one image, with one denoiser."""
+        from diffusers import DiffusionPipeline
         from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 
+        inner = [name for name, part in vars(self.pipe).items() if isinstance(part, DiffusionPipeline)]
+        if inner:
+            raise self._refusal(
+                f"draws through pipelines of its own ({', '.join(inner)}), whose steps are out of reach"
+            )
         parts = [name for name in (self.denoiser, "scheduler") if getattr(self.pipe, name, None) is not None]
         listed = type(self.pipe) in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()
         if why := _no_text_to_image(self._parameters, parts, listed=listed):
@@ -200,15 +216,29 @@ class Generic:
 
         if not isinstance(images, torch.Tensor):
             raise self._refusal(f"gives {type(images).__name__} for output_type='pt', not a tensor")
-        if images.shape != shape:
+        found: Tensor = (images / 2 + 0.5).clamp(0, 1) if self.options.signed else images
+        if found.shape == (shape[0], 4, *shape[2:]):
+            # with transparency: laid over white, as diffusers does where a text encoder is shown such a picture
+            found = 1 - found[:, 3:] * (1 - found[:, :3])
+        if found.shape != shape:
             raise self._refusal(
-                f"gives images of shape {tuple(images.shape)} where {shape} were asked for; write a size that it does "
+                f"gives images of shape {tuple(found.shape)} where {shape} were asked for; write a size that it does "
                 "not round (rollout.height and width)"
             )
-        low, high = (float(bound) for bound in images.detach().aminmax())
+        low, high = (float(bound) for bound in found.detach().aminmax())
         if low < 0 or high > 1:
-            raise self._refusal(f"gives values from {low:.2g} to {high:.2g} for output_type='pt', not from 0 to 1")
-        return images
+            raise self._refusal(
+                f"gives values from {low:.2g} to {high:.2g} for output_type='pt', not from 0 to 1; if -1 to 1 is "
+                "what it means, write pipeline.options.signed: true"
+            )
+        return found
+
+    def _told(self, error: Exception) -> str:
+        """What a call says of its arguments, and what may help."""
+        parts = [str(error).rstrip(".")]
+        if self._without:
+            parts.append(f"It runs here without its {' and '.join(self._without)}, through which no gradient comes")
+        return ". ".join([*parts, "Arguments that a recipe has no key for go into pipeline.options.call"])
 
     def _unguided(self) -> float:
         """The scale that switches guidance off: 1, or 0 in pipelines that count from there."""
@@ -245,6 +275,8 @@ class Generic:
         defaults = [self._parameters[name].default for name in ("height", "width")]
         if all(isinstance(side, int) for side in defaults):
             return (defaults[0], defaults[1])
+        if isinstance(pixels := self.pipe.config.get("default_sample_size"), int):
+            return (pixels, pixels)  # where it is a setting of the pipeline it counts pixels, as an attribute latents
         side = getattr(self.pipe, "default_sample_size", None)
         side = side or getattr(self.pipe, self.denoiser).config.get("sample_size")
         factor = getattr(self.pipe, "vae_scale_factor", 1)

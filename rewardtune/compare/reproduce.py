@@ -72,8 +72,11 @@ def draw(side: str) -> int:
             generator=[torch.Generator().manual_seed(image["seed"]) for image in batch],
             num_inference_steps=sampling["num_inference_steps"],
             **call,
-        ).images
-        for image, picture in zip(batch, pictures, strict=True):
+        )[0]  # not every pipeline calls them images
+        for image, drawn in zip(batch, pictures, strict=True):
+            picture = drawn
+            if drawn.mode == "RGBA":  # the pictures to compare with lie over white
+                picture = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn)
             picture.save(target / image["file"])
             old = np.asarray(Image.open(folder / image["file"]).convert("RGB"), dtype=int)
             gap = int(np.abs(old - np.asarray(picture.convert("RGB"), dtype=int)).max())

@@ -226,6 +226,27 @@ def hunyuan_image(guider=None, **transformer):
     return tiny.ready(pipe)
 
 
+def deep_floyd():
+    """Draws pixels without a decoder, and converts them for pictures only."""
+    torch.manual_seed(0)
+    return tiny.ready(
+        diffusers.IFPipeline(
+            tokenizer=tiny.words(length=77), text_encoder=t5(), safety_checker=None, feature_extractor=None,
+            watermarker=None, requires_safety_checker=False,
+            unet=diffusers.UNet2DConditionModel(
+                sample_size=16, in_channels=3, out_channels=6, layers_per_block=1, block_out_channels=(8, 16),
+                norm_num_groups=4, down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+                mid_block_type="UNetMidBlock2DSimpleCrossAttn", cross_attention_dim=16, attention_head_dim=4,
+                up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), encoder_hid_dim=16,
+                resnet_time_scale_shift="scale_shift", only_cross_attention=True,
+            ),
+            scheduler=diffusers.DDPMScheduler(
+                variance_type="learned_range", beta_schedule="squaredcos_cap_v2", thresholding=True
+            ),
+        )
+    )  # fmt: skip
+
+
 def euler():
     return diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
@@ -412,6 +433,34 @@ def test_a_random_cut_is_the_one_of_the_familys_own_adapter(case, memory):
         assert difference(gradient(Raw(generic), whole), gradient(Raw(own), step_by_step)) <= 1e-5
     total = len(chain(own, guidance, SIZES[0]))
     assert len(lengths) > 2 and max(lengths) <= total
+
+
+def test_values_from_minus_one_are_converted_as_the_pipeline_does_it_for_pictures():
+    guidance, call = Guidance("full", 3.0), {"clean_caption": False}
+    adapter = Generic(deep_floyd(), Generic.Config(signed=True, call=call))
+    pictures = adapter.pipe(**{**arguments(adapter, guidance), "output_type": "np"}).images
+    assert torch.equal(roll_out(adapter, guidance).permute(0, 2, 3, 1), torch.from_numpy(pictures))
+    plain = type(adapter.pipe).__call__.__wrapped__
+    wanted = gradient(
+        Raw(adapter), lambda: (plain(adapter.pipe, **arguments(adapter, guidance)).images / 2 + 0.5).clamp(0, 1)
+    )
+    for memory in ("fast", "flat"):
+        found = gradient(Raw(adapter), lambda memory=memory: roll_out(adapter, guidance, memory=memory))
+        assert difference(found, wanted) <= 1e-5
+    with pytest.raises(RecipeError, match=r"values from -1 to 1 .*write pipeline\.options\.signed: true"):
+        roll_out(Generic(adapter.pipe, Generic.Config(call=call)), guidance)
+
+
+def test_transparency_shows_white():
+    adapter = changed(image(lambda images: torch.cat([images, images[:, :1]], 1)))
+    opaque = roll_out(changed(image(lambda images: images)), OFF)
+    assert torch.allclose(roll_out(adapter, OFF), opaque * opaque[:, :1] + 1 - opaque[:, :1], atol=1e-6)
+
+
+def test_a_size_among_the_settings_of_the_pipeline_counts_pixels():
+    pipe = stable_diffusion()
+    pipe.register_to_config(default_sample_size=24)
+    assert Generic(pipe).image_size == (24, 24)
 
 
 def test_only_the_chosen_steps_record_and_are_run_again():
@@ -632,6 +681,32 @@ def test_an_unchanged_call_is_not_refused_however_many_decorators_it_has():
 def test_what_the_pipeline_itself_refuses_is_told():
     with pytest.raises(RecipeError, match=r"CogView4Pipeline refuses its call: .*divisible"):
         sample(Generic(cog_view_4()), PROMPTS, generators(), num_steps=1, guidance=OFF, size=(20, 20))
+
+
+def test_what_breaks_off_is_told_with_its_place_and_what_may_help():
+    def broken(call, pipe, *args, **kwargs):
+        return len(kwargs["timesteps"])
+
+    told = (
+        r"breaks off in its call \(test_generic\.py, line \d+\) with TypeError: .*'NoneType'.*pipeline\.options\.call\."
+    )
+    with pytest.raises(RecipeError, match=told):
+        roll_out(changed(lambda call, *args, **kwargs: broken(call, *args, **{**kwargs, "timesteps": None})), OFF)
+
+    def strict(call, pipe, *args, **kwargs):
+        raise ValueError("no safety checker.")
+
+    pipe = changed(strict).pipe
+    pipe.safety_checker = torch.nn.Identity()
+    with pytest.raises(RecipeError, match=r"no safety checker\. It runs here without its safety_checker"):
+        roll_out(Generic(pipe), OFF)
+
+
+def test_pipelines_within_a_pipeline_are_refused():
+    pipe = stable_diffusion()
+    pipe.decoder_pipe = stable_diffusion()
+    with pytest.raises(RecipeError, match=r"through pipelines of its own \(decoder_pipe\)"):
+        Generic(pipe)
 
 
 # ------------------------------------------------------------------------------------------------------------ recipes
