@@ -11,7 +11,7 @@ import inspect
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import cached_property, wraps
+from functools import cache, cached_property, wraps
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,8 @@ class Generic:
         """More keyword arguments of the pipeline's call, such as max_sequence_length."""
         size: tuple[int, int] | None = None
         """Height and width that a recipe gets when it names none; the pipeline's own when left out."""
+        one_by_one: bool = False
+        """Whether each prompt has a call of its own, for pipelines that take one prompt or mix those of a list."""
         signed: bool = False
         """Whether the call gives values from -1 to 1 for output_type="pt", and converts them for pictures only."""
 
@@ -145,19 +147,35 @@ class Generic:
     ) -> Tensor:
         import torch
 
-        arguments = {
-            **self.call(guidance), "prompt": [str(p) for p in prompts], "generator": list(generators),
-            "height": size[0], "width": size[1], "num_inference_steps": num_steps, "output_type": "pt",
-            "return_dict": False,
-        }  # fmt: skip
+        chosen = cache(gradient_steps)  # which may draw, once for all rows
+        rows = range(len(prompts))
+        images = [
+            self._call(
+                {
+                    **self.call(guidance), "prompt": [str(prompts[i]) for i in call],
+                    "generator": [generators[i] for i in call], "height": size[0], "width": size[1],
+                    "num_inference_steps": num_steps, "output_type": "pt", "return_dict": False,
+                },
+                chosen, guided=guidance.mode != "off", recompute=recompute,
+            )
+            for call in ([[i] for i in rows] if self.options.one_by_one else [rows])
+        ]  # fmt: skip
+        return torch.cat(images).float()
+
+    def _call(
+        self, arguments: dict[str, Any], gradient_steps: Callable[[int], range], *, guided: bool, recompute: bool
+    ) -> Tensor:
+        """Images of one call of the pipeline."""
+        import torch
+
         if "negative_prompt" in arguments:
-            arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
+            arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(arguments["prompt"])
         denoiser = self.trainable[self.denoiser]
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in denoiser.parameters())
         # a scheduler of its own: what one keeps from an earlier call must not reach this one
         with ExitStack() as stack:
             stack.enter_context(_replaced(self.pipe, "scheduler", fresh(self.scheduler)))
-            for name, part in self._guiders().items() if guidance.mode == "off" else ():
+            for name, part in () if guided else self._guiders().items():
                 stack.enter_context(_replaced(self.pipe, name, part.new(enabled=False)))
             self.pipe._num_timesteps = None  # an earlier call's
             steps = _Steps(self.pipe, gradient_steps, recompute=recompute)
@@ -165,27 +183,23 @@ class Generic:
                 images = self._run(arguments)
             if trained:
                 steps.check(images)
-        return images.float()
+        return images
 
     def _run(self, arguments: Mapping[str, Any]) -> Tensor:
+        import torch
+
         seed = arguments["generator"][0].initial_seed()
         try:
             with _seeded(seed, self.pipe._execution_device):
                 images = self._function(self.pipe, **arguments)[0]
-        except RecipeError:
+        except (RecipeError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
-        except RuntimeError as error:
-            if "requires grad" in str(error) or "nference tensor" in str(error):
-                raise self._refusal(f"leaves the graph on its way to the image: {error}") from error
-            raise
-        except ValueError as error:
-            raise self._refusal(f"refuses its call: {self._told(error)}") from error
         except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            raise self._refusal(
-                f"breaks off in its call ({Path(where.filename).name}, line {where.lineno}) with "
-                f"{type(error).__name__}: {self._told(error)}"
-            ) from error
+            if isinstance(error, RuntimeError) and ("requires grad" in str(error) or "nference tensor" in str(error)):
+                raise self._refusal(f"leaves the graph on its way to the image: {error}") from error
+            if "DefaultCPUAllocator" in str(error):  # main memory is exhausted
+                raise
+            raise self._refusal(self._told(error, len(arguments["prompt"]))) from error
         return self._checked(images, (len(arguments["prompt"]), 3, arguments["height"], arguments["width"]))
 
     def _check_kind(self) -> None:
@@ -233,12 +247,18 @@ class Generic:
             )
         return found
 
-    def _told(self, error: Exception) -> str:
-        """What a call says of its arguments, and what may help."""
-        parts = [str(error).rstrip(".")]
+    def _told(self, error: Exception, prompts: int) -> str:
+        """What a call says as it breaks off, and what may help."""
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"({Path(where.filename).name}, line {where.lineno}) with {type(error).__name__}"
+        what = "refuses its call" if isinstance(error, ValueError) else f"breaks off in its call {place}"
+        parts = [f"{what}: {str(error).rstrip('.')}"]
         if self._without:
             parts.append(f"It runs here without its {' and '.join(self._without)}, through which no gradient comes")
-        return ". ".join([*parts, "Arguments that a recipe has no key for go into pipeline.options.call"])
+        parts.append("Arguments that a recipe has no key for go into pipeline.options.call")
+        if prompts > 1:
+            parts.append("If it takes no lists of prompts, write pipeline.options.one_by_one: true")
+        return ". ".join(parts)
 
     def _unguided(self) -> float:
         """The scale that switches guidance off: 1, or 0 in pipelines that count from there."""

@@ -702,6 +702,47 @@ def test_what_breaks_off_is_told_with_its_place_and_what_may_help():
         roll_out(Generic(pipe), OFF)
 
 
+def test_prompts_can_have_calls_of_their_own():
+    def alone(call, pipe, *args, **kwargs):
+        if len(kwargs["prompt"]) > 1:
+            raise RuntimeError("shapes do not match")
+        return call(pipe, *args, **kwargs)
+
+    adapter = changed(alone)
+    with pytest.raises(RecipeError, match=r"RuntimeError: shapes do not match\. .*pipeline\.options\.one_by_one: true"):
+        roll_out(adapter, OFF)
+    adapter, together = Generic(adapter.pipe, Generic.Config(one_by_one=True)), Generic(stable_diffusion(euler()))
+    adapter.pipe.register_modules(scheduler=together.pipe.scheduler)
+    adapter = Generic(adapter.pipe, adapter.options)
+    guidance = Guidance("full", 3.0, "red")
+    assert torch.allclose(roll_out(adapter, guidance), roll_out(together, guidance), atol=1e-5)
+    drawn = []
+
+    def draw(total):
+        drawn.append(total)
+        return range(total)[-2:]
+
+    for memory in (False, True):
+        found = gradient(
+            Raw(adapter),
+            lambda memory=memory: adapter.rollout(
+                PROMPTS, generators(), num_steps=STEPS, guidance=guidance, size=SIZES[0], gradient_steps=draw,
+                recompute=memory,
+            ),
+        )  # fmt: skip
+        assert difference(found, gradient(Raw(together), lambda: roll_out(together, guidance, 2))) <= 1e-4
+    assert drawn == [STEPS, STEPS]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: no")])
+def test_exhausted_memory_is_left_to_whoever_knows_what_helps(error):
+    def exhausted(*args, **kwargs):
+        raise error
+
+    with pytest.raises(type(error)):
+        roll_out(changed(exhausted), OFF)
+
+
 def test_pipelines_within_a_pipeline_are_refused():
     pipe = stable_diffusion()
     pipe.decoder_pipe = stable_diffusion()
