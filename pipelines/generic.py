@@ -76,7 +76,11 @@ class Generic:
     def load(cls, path: str, config: Config, *, revision: str | None, dtype: torch.dtype, device: str) -> Generic:
         from diffusers import DiffusionPipeline
 
-        pipe = DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True)
+        try:
+            _check_packages(DiffusionPipeline.load_config(path, revision=revision).get("_class_name"))
+            pipe = DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True)
+        except ImportError as error:
+            raise RecipeError(f"pipeline.family generic: {path} needs a package: {str(error).strip()}") from error
         return cls(pipe.to(device), config)
 
     def __init__(self, pipe: Any, config: Config | None = None) -> None:
@@ -152,9 +156,9 @@ class Generic:
         images = [
             self._call(
                 {
-                    **self.call(guidance), "prompt": [str(prompts[i]) for i in call],
-                    "generator": [generators[i] for i in call], "height": size[0], "width": size[1],
-                    "num_inference_steps": num_steps, "output_type": "pt", "return_dict": False,
+                    **self.call(guidance), "prompt": [str(prompts[i]) for i in call], "height": size[0],
+                    "width": size[1], "num_inference_steps": num_steps, "output_type": "pt", "return_dict": False,
+                    "generator": generators[call[0]] if self.options.one_by_one else [generators[i] for i in call],
                 },
                 chosen, guided=guidance.mode != "off", recompute=recompute,
             )
@@ -188,7 +192,8 @@ class Generic:
     def _run(self, arguments: Mapping[str, Any]) -> Tensor:
         import torch
 
-        seed = arguments["generator"][0].initial_seed()
+        given = arguments["generator"]
+        seed = (given[0] if isinstance(given, list) else given).initial_seed()
         try:
             with _seeded(seed, self.pipe._execution_device):
                 images = self._function(self.pipe, **arguments)[0]
@@ -256,7 +261,7 @@ class Generic:
         if self._without:
             parts.append(f"It runs here without its {' and '.join(self._without)}, through which no gradient comes")
         parts.append("Arguments that a recipe has no key for go into pipeline.options.call")
-        if prompts > 1:
+        if prompts > 1 and not isinstance(error, ValueError):
             parts.append("If it takes no lists of prompts, write pipeline.options.one_by_one: true")
         return ". ".join(parts)
 
@@ -271,7 +276,7 @@ class Generic:
 
     def _embeds(self) -> bool:
         """Whether the denoiser is distilled for guidance, and takes it as an input."""
-        config = getattr(self.pipe, self.denoiser).config
+        config: Any = self.trainable[self.denoiser].config
         return bool(config.get("guidance_embeds")) or config.get("time_cond_proj_dim") is not None
 
     def _guiders(self) -> dict[str, Any]:
@@ -423,6 +428,15 @@ def _no_text_to_image(call: Collection[str], parts: Collection[str], *, listed: 
     if not {"transformer", "unet"} & set(parts) or "scheduler" not in parts:
         return "has no transformer or unet with a scheduler, so its steps cannot be told apart"
     return None
+
+
+def _check_packages(name: Any) -> None:
+    """Raise ImportError where diffusers has but a stand-in for this class: a package is missing, which it names."""
+    import diffusers
+
+    family: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if hasattr(family, "_backends"):
+        family.from_config()
 
 
 def _refusal(pipe: Any, what: str) -> RecipeError:

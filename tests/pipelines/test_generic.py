@@ -743,6 +743,55 @@ def test_exhausted_memory_is_left_to_whoever_knows_what_helps(error):
         roll_out(changed(exhausted), OFF)
 
 
+def test_a_package_that_the_pipeline_needs_is_asked_for(tmp_path, monkeypatch):
+    """diffusers then has a stand-in for the class, which raises as soon as it is used."""
+    from diffusers.utils.import_utils import DummyObject
+
+    class KolorsPipeline(metaclass=DummyObject):
+        _backends = ("torch", "a_package")
+
+        @classmethod
+        def from_config(cls, *args, **kwargs):
+            raise ImportError("KolorsPipeline requires a_package")
+
+    monkeypatch.setattr(diffusers, "KolorsPipeline", KolorsPipeline)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline", "_diffusers_version": "0.42.0"}')
+    with pytest.raises(RecipeError, match="needs a package: KolorsPipeline requires a_package"):
+        load_pipeline(PipelineSection(model=str(tmp_path), family="generic"), device="cpu")
+
+
+@pytest.mark.parametrize("change", ["another class", "another module", "one module more"])
+def test_adapters_go_through_peft_where_diffusers_loader_is_not_for_the_denoiser(tmp_path, monkeypatch, change):
+    """As in Kandinsky 3, whose UNet has no loader of adapters, in PRX, whose loader is for a UNet, and in Kolors with
+    perturbed-attention guidance, where it is for two text encoders."""
+    pixart_alpha().save_pretrained(tmp_path / "base")
+    family = diffusers.PixArtAlphaPipeline
+    monkeypatch.setattr(family, "load_lora_weights", lambda *_, **__: 1 / 0, raising=False)
+    monkeypatch.setattr(family, "save_lora_weights", lambda *_, **__: 1 / 0, raising=False)
+    modules = {"another module": ["unet"], "one module more": ["transformer", "text_encoder_2"]}
+    monkeypatch.setattr(family, "_lora_loadable_modules", modules.get(change, ["transformer"]), raising=False)
+    if change == "another class":
+        monkeypatch.delattr(diffusers.loaders.PeftAdapterMixin, "load_lora_adapter")
+    options = {"size": (16, 16), "call": {"use_resolution_binning": False}}
+    section = PipelineSection(model=str(tmp_path / "base"), family="generic", options=options)
+    adapter = load_pipeline(section, device="cpu")
+    assert list(lora.loadable(adapter)) == ["transformer"]
+    lora.attach(adapter.trainable, rank=2, targets=adapter.lora_targets)
+    for name, parameter in adapter.trainable["transformer"].named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    (tmp_path / "export").mkdir()
+    export.lora(adapter, ["transformer"], tmp_path / "export", {"name": "test"}, base=str(tmp_path / "base"))
+    assert (tmp_path / "export" / "adapter_model.safetensors").is_file()
+    assert "PeftModel.from_pretrained(pipe.transformer" in (tmp_path / "export" / "README.md").read_text()
+    fresh = load_pipeline(section, device="cpu")
+    before = roll_out(fresh, OFF)
+    lora.load(fresh, tmp_path / "export")
+    assert not torch.equal(roll_out(fresh, OFF), before)
+    lora.unload(fresh)
+    assert torch.equal(roll_out(fresh, OFF), before)
+
+
 def test_pipelines_within_a_pipeline_are_refused():
     pipe = stable_diffusion()
     pipe.decoder_pipe = stable_diffusion()
