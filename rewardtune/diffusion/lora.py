@@ -45,11 +45,15 @@ def attach(
         config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=wanted, lora_dropout=0.0)
         module.requires_grad_(False)
         add_adapter: Any = getattr(module, "add_adapter", None)
-        if add_adapter is not None:
-            # diffusers and transformers also note the adapter, which their savers and loaders look for.
-            add_adapter(config, adapter_name=ADAPTER)
-        else:
-            inject_adapter_in_model(config, module, adapter_name=ADAPTER)
+        try:
+            if add_adapter is not None:
+                # diffusers and transformers also note the adapter, which their savers and loaders look for.
+                add_adapter(config, adapter_name=ADAPTER)
+            else:
+                inject_adapter_in_model(config, module, adapter_name=ADAPTER)
+        except ValueError as error:  # a name may be that of a linear layer here and of a block there
+            told = " ".join(str(error).split())
+            raise RecipeError(f"lora.targets: {name} takes no adapters of {', '.join(wanted)}: {told}") from error
         for path, parameter in module.named_parameters():
             adapter = f".{ADAPTER}." in path and ".lora_" in path
             parameter.requires_grad_(adapter)
