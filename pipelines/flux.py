@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rewardtune.diffusion.schedulers import fresh
 from rewardtune.plugins import Guidance, Options
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Flux:
         self.pipe = pipe
         self.options = config or self.Config()
         # a copy as configured: `pipe(...)` leaves its own timesteps behind in the scheduler it is called with
-        self.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        self.scheduler = fresh(pipe.scheduler)
         side = pipe.default_sample_size * pipe.vae_scale_factor
         self.image_size = (side, side)
         self.size_multiple = pipe.vae_scale_factor * 2
@@ -123,7 +124,7 @@ class Flux:
         import numpy as np
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler = fresh(self.scheduler)
         config = scheduler.config
         mu = calculate_shift(
             (size[0] // self.size_multiple) * (size[1] // self.size_multiple),

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rewardtune.diffusion.schedulers import fresh
 from rewardtune.errors import RecipeError
 from rewardtune.plugins import Guidance, Options
 
@@ -88,7 +89,7 @@ class Flux2:
         self.options = config or self.Config()
         self.klein = isinstance(pipe, Flux2KleinPipeline)
         # a copy as configured: `pipe(...)` leaves its own timesteps behind in the scheduler it is called with
-        self.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        self.scheduler = fresh(pipe.scheduler)
         side = pipe.default_sample_size * pipe.vae_scale_factor
         self.image_size = (side, side)
         self.size_multiple = pipe.vae_scale_factor * 2
@@ -153,7 +154,7 @@ class Flux2:
         import numpy as np
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, retrieve_timesteps
 
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler = fresh(self.scheduler)
         tokens = (size[0] // self.size_multiple) * (size[1] // self.size_multiple)
         mu = compute_empirical_mu(image_seq_len=tokens, num_steps=num_steps)
         own = scheduler.config.get("use_flow_sigmas")

@@ -8,15 +8,18 @@ nothing.
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import cached_property, wraps
+from functools import cache, cached_property, wraps
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from rewardtune.diffusion import pipeline_source
+from rewardtune.diffusion.schedulers import fresh
 from rewardtune.errors import RecipeError
 from rewardtune.plugins import Guidance, Options
 
@@ -28,7 +31,8 @@ _NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "out
 _VIDEO = ("num_frames", "video", "video_length", "num_videos_per_prompt", "frames")
 _START = ("strength", "mask_image", "control_image", "control_guidance_start", "controlnet_conditioning_scale")
 _PICTURES = ("image", "images", "input_images", "reference_image")
-_OURS = {*_NEEDED, "guidance_scale", "true_cfg_scale", "negative_prompt", "num_images_per_prompt", "latents"}
+_EMBEDDED = ("distilled_guidance_scale", "guidance_scale")
+_OURS = {*_NEEDED, *_EMBEDDED, "true_cfg_scale", "negative_prompt", "num_images_per_prompt", "latents"}
 
 
 class Generic:
@@ -44,6 +48,10 @@ class Generic:
         """More keyword arguments of the pipeline's call, such as max_sequence_length."""
         size: tuple[int, int] | None = None
         """Height and width that a recipe gets when it names none; the pipeline's own when left out."""
+        one_by_one: bool = False
+        """Whether each prompt has a call of its own, for pipelines that take one prompt or mix those of a list."""
+        signed: bool = False
+        """Whether the call gives values from -1 to 1 for output_type="pt", and converts them for pictures only."""
 
     @classmethod
     def matches(cls, model_index: Mapping[str, Any]) -> bool:
@@ -68,7 +76,11 @@ class Generic:
     def load(cls, path: str, config: Config, *, revision: str | None, dtype: torch.dtype, device: str) -> Generic:
         from diffusers import DiffusionPipeline
 
-        pipe = DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True)
+        try:
+            _check_packages(DiffusionPipeline.load_config(path, revision=revision).get("_class_name"))
+            pipe = DiffusionPipeline.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True)
+        except ImportError as error:
+            raise RecipeError(f"pipeline.family generic: {path} needs a package: {str(error).strip()}") from error
         return cls(pipe.to(device), config)
 
     def __init__(self, pipe: Any, config: Config | None = None) -> None:
@@ -87,10 +99,10 @@ class Generic:
                     + f". There are: {', '.join(n for n in self._parameters if n not in _OURS and n != 'self')}."
                 )
         # they blacken or mark images, outside of any graph
-        for name in ("safety_checker", "watermark"):
-            if getattr(pipe, name, None) is not None:
-                setattr(pipe, name, None)
-        self.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        self._without = [name for name in ("safety_checker", "watermark") if getattr(pipe, name, None) is not None]
+        for name in self._without:
+            setattr(pipe, name, None)
+        self.scheduler = fresh(pipe.scheduler)
         self.image_size = self.options.size or self._own_size()
         processor = getattr(pipe, "image_processor", None)
         factor = processor.config.get("vae_scale_factor") if processor is not None else None
@@ -111,10 +123,14 @@ class Generic:
         said: dict[str, Any] = {}
         if "true_cfg_scale" in self._parameters:
             said["true_cfg_scale"] = guidance.scale if guided else 1.0
-            if guidance.embedded is not None and "guidance_scale" in self._parameters:
-                said["guidance_scale"] = guidance.embedded
-        elif "guidance_scale" in self._parameters:
+        elif "guidance_scale" not in self._parameters:
+            self._check_scale_of_parts(guidance)
+        elif not self._embeds():
             said["guidance_scale"] = guidance.scale if guided else self._unguided()
+        # what a distilled denoiser takes as an input has the call's own default when it is left out
+        input_name = next((name for name in _EMBEDDED if name in self._parameters and name not in said), None)
+        if guidance.embedded is not None and input_name is not None and self._embeds():
+            said[input_name] = guidance.embedded
         # those of `true_cfg_scale` guide only where there is a negative prompt, be it an empty one
         if guided and (negative or "true_cfg_scale" in said):
             if "negative_prompt" not in self._parameters:
@@ -135,41 +151,72 @@ class Generic:
     ) -> Tensor:
         import torch
 
-        arguments = {
-            **self.call(guidance), "prompt": [str(p) for p in prompts], "generator": list(generators),
-            "height": size[0], "width": size[1], "num_inference_steps": num_steps, "output_type": "pt",
-            "return_dict": False,
-        }  # fmt: skip
+        chosen = cache(gradient_steps)  # which may draw, once for all rows
+        rows = range(len(prompts))
+        images = [
+            self._call(
+                {
+                    **self.call(guidance), "prompt": [str(prompts[i]) for i in call], "height": size[0],
+                    "width": size[1], "num_inference_steps": num_steps, "output_type": "pt", "return_dict": False,
+                    "generator": generators[call[0]] if self.options.one_by_one else [generators[i] for i in call],
+                },
+                chosen, guided=guidance.mode != "off", recompute=recompute,
+            )
+            for call in ([[i] for i in rows] if self.options.one_by_one else [rows])
+        ]  # fmt: skip
+        return torch.cat(images).float()
+
+    def _call(
+        self, arguments: dict[str, Any], gradient_steps: Callable[[int], range], *, guided: bool, recompute: bool
+    ) -> Tensor:
+        """Images of one call of the pipeline."""
+        import torch
+
         if "negative_prompt" in arguments:
-            arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
+            arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(arguments["prompt"])
         denoiser = self.trainable[self.denoiser]
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in denoiser.parameters())
         # a scheduler of its own: what one keeps from an earlier call must not reach this one
-        with _replaced(self.pipe, "scheduler", type(self.scheduler).from_config(self.scheduler.config)):
+        with ExitStack() as stack:
+            stack.enter_context(_replaced(self.pipe, "scheduler", fresh(self.scheduler)))
+            for name, part in () if guided else self._guiders().items():
+                stack.enter_context(_replaced(self.pipe, name, part.new(enabled=False)))
+            self.pipe._num_timesteps = None  # an earlier call's
             steps = _Steps(self.pipe, gradient_steps, recompute=recompute)
             with steps.watched(denoiser) if trained else nullcontext():
                 images = self._run(arguments)
             if trained:
                 steps.check(images)
-        return images.float()
+        return images
 
     def _run(self, arguments: Mapping[str, Any]) -> Tensor:
+        import torch
+
+        given = arguments["generator"]
+        seed = (given[0] if isinstance(given, list) else given).initial_seed()
         try:
-            images = self._function(self.pipe, **arguments)[0]
-        except RecipeError:
+            with _seeded(seed, self.pipe._execution_device):
+                images = self._function(self.pipe, **arguments)[0]
+        except (RecipeError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
-        except RuntimeError as error:
-            if "requires grad" in str(error) or "nference tensor" in str(error):
+        except Exception as error:
+            if isinstance(error, RuntimeError) and ("requires grad" in str(error) or "nference tensor" in str(error)):
                 raise self._refusal(f"leaves the graph on its way to the image: {error}") from error
-            raise
-        except ValueError as error:
-            raise self._refusal(f"refuses its call: {error}") from error
+            if "DefaultCPUAllocator" in str(error):  # main memory is exhausted
+                raise
+            raise self._refusal(self._told(error, len(arguments["prompt"]))) from error
         return self._checked(images, (len(arguments["prompt"]), 3, arguments["height"], arguments["width"]))
 
     def _check_kind(self) -> None:
         """Raise RecipeError unless this is a pipeline from text to one image, with one denoiser."""
+        from diffusers import DiffusionPipeline
         from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 
+        inner = [name for name, part in vars(self.pipe).items() if isinstance(part, DiffusionPipeline)]
+        if inner:
+            raise self._refusal(
+                f"draws through pipelines of its own ({', '.join(inner)}), whose steps are out of reach"
+            )
         parts = [name for name in (self.denoiser, "scheduler") if getattr(self.pipe, name, None) is not None]
         listed = type(self.pipe) in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()
         if why := _no_text_to_image(self._parameters, parts, listed=listed):
@@ -188,15 +235,35 @@ class Generic:
 
         if not isinstance(images, torch.Tensor):
             raise self._refusal(f"gives {type(images).__name__} for output_type='pt', not a tensor")
-        if images.shape != shape:
+        found: Tensor = (images / 2 + 0.5).clamp(0, 1) if self.options.signed else images
+        if found.shape == (shape[0], 4, *shape[2:]):
+            # with transparency: laid over white, as diffusers does where a text encoder is shown such a picture
+            found = 1 - found[:, 3:] * (1 - found[:, :3])
+        if found.shape != shape:
             raise self._refusal(
-                f"gives images of shape {tuple(images.shape)} where {shape} were asked for; write a size that it does "
+                f"gives images of shape {tuple(found.shape)} where {shape} were asked for; write a size that it does "
                 "not round (rollout.height and width)"
             )
-        low, high = (float(bound) for bound in images.detach().aminmax())
+        low, high = (float(bound) for bound in found.detach().aminmax())
         if low < 0 or high > 1:
-            raise self._refusal(f"gives values from {low:.2g} to {high:.2g} for output_type='pt', not from 0 to 1")
-        return images
+            raise self._refusal(
+                f"gives values from {low:.2g} to {high:.2g} for output_type='pt', not from 0 to 1; if -1 to 1 is "
+                "what it means, write pipeline.options.signed: true"
+            )
+        return found
+
+    def _told(self, error: Exception, prompts: int) -> str:
+        """What a call says as it breaks off, and what may help."""
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"({Path(where.filename).name}, line {where.lineno}) with {type(error).__name__}"
+        what = "refuses its call" if isinstance(error, ValueError) else f"breaks off in its call {place}"
+        parts = [f"{what}: {str(error).rstrip('.')}"]
+        if self._without:
+            parts.append(f"It runs here without its {' and '.join(self._without)}, through which no gradient comes")
+        parts.append("Arguments that a recipe has no key for go into pipeline.options.call")
+        if prompts > 1 and not isinstance(error, ValueError):
+            parts.append("If it takes no lists of prompts, write pipeline.options.one_by_one: true")
+        return ". ".join(parts)
 
     def _unguided(self) -> float:
         """The scale that switches guidance off: 1, or 0 in pipelines that count from there."""
@@ -207,10 +274,34 @@ class Generic:
                 return scale
         raise self._refusal("guides at every scale; write rollout.guidance: full")
 
+    def _embeds(self) -> bool:
+        """Whether the denoiser is distilled for guidance, and takes it as an input."""
+        config: Any = self.trainable[self.denoiser].config
+        return bool(config.get("guidance_embeds")) or config.get("time_cond_proj_dim") is not None
+
+    def _guiders(self) -> dict[str, Any]:
+        """The parts that guide, in pipelines that leave it to parts of their own."""
+        from diffusers import BaseGuidance
+
+        return {name: part for name, part in self.pipe.components.items() if isinstance(part, BaseGuidance)}
+
+    def _check_scale_of_parts(self, guidance: Guidance) -> None:
+        """Raise RecipeError for a scale other than that of the parts that guide, for a call that takes none."""
+        scales = {name: part.guidance_scale for name, part in self._guiders().items() if part._enabled}
+        if guidance.mode == "full" and guidance.scale not in (set(scales.values()) or {1.0}):
+            told = " and ".join(f"its part {name} by {scale:g}" for name, scale in scales.items())
+            raise self._refusal(
+                f"takes no guidance_scale: {told} guides it, so give that scale"
+                if scales
+                else "takes no guidance_scale and no part of it guides; write rollout.guidance: off, or a scale of 1"
+            )
+
     def _own_size(self) -> tuple[int, int]:
         defaults = [self._parameters[name].default for name in ("height", "width")]
         if all(isinstance(side, int) for side in defaults):
             return (defaults[0], defaults[1])
+        if isinstance(pixels := self.pipe.config.get("default_sample_size"), int):
+            return (pixels, pixels)  # where it is a setting of the pipeline it counts pixels, as an attribute latents
         side = getattr(self.pipe, "default_sample_size", None)
         side = side or getattr(self.pipe, self.denoiser).config.get("sample_size")
         factor = getattr(self.pipe, "vae_scale_factor", 1)
@@ -235,19 +326,19 @@ class _Steps:
         scheduler, vae = self._pipe.scheduler, getattr(self._pipe, "vae", None)
         with ExitStack() as stack:
             stack.enter_context(_replaced(scheduler, "step", self._counted(scheduler.step)))
-            stack.enter_context(_replaced(denoiser, "forward", self._recorded(denoiser.forward)))
+            stack.enter_context(_replaced(denoiser, "forward", self._recorded(denoiser)))
             if vae is not None:
                 # recomputing the decoder keeps its graph away while the reward's lives, and the other way round
                 stack.enter_context(_replaced(vae, "decode", self._recomputed(vae.decode)))
             yield
 
     def check(self, images: Tensor) -> None:
-        """Raise RecipeError where the call took other steps than its scheduler has, or its image has no graph."""
-        total = len(self._pipe.scheduler.timesteps)
-        if self._taken != total:
+        """Raise RecipeError where the call took other steps than it was to take, or its image has no graph."""
+        if self._taken != self._total:
             raise _refusal(
                 self._pipe,
-                f"takes {self._taken} steps where its scheduler has {total}, so it cannot be told which are the last",
+                f"takes {self._taken} steps where its scheduler has {self._total}, so it cannot be told which are the "
+                "last",
             )
         if self._chosen and not images.requires_grad:
             raise _refusal(
@@ -256,9 +347,15 @@ class _Steps:
                 "there is nothing to train on",
             )
 
+    @property
+    def _total(self) -> int:
+        """The steps of this call: as it notes them before the first, for it may leave some of the scheduler's out."""
+        noted: int | None = getattr(self._pipe, "_num_timesteps", None)
+        return len(self._pipe.scheduler.timesteps) if noted is None else noted
+
     @cached_property
     def _chosen(self) -> range:
-        return self._gradient_steps(len(self._pipe.scheduler.timesteps))
+        return self._gradient_steps(self._total)
 
     def _counted(self, step: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(step)  # pipelines ask for its signature
@@ -268,8 +365,10 @@ class _Steps:
 
         return counted
 
-    def _recorded(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _recorded(self, denoiser: Any) -> Callable[..., Any]:
         import torch
+
+        forward: Callable[..., Any] = denoiser.forward
 
         @wraps(forward)
         def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -283,7 +382,9 @@ class _Steps:
                     "leaves the graph between its steps (it detaches its latents, or its scheduler does), so only the "
                     "last one would be trained",
                 )
-            return (self._recomputed(forward) if self._recompute else forward)(*args, **kwargs)
+            if not self._recompute:
+                return forward(*args, **kwargs)
+            return self._recomputed(_with_its_processors(denoiser, forward))(*args, **kwargs)
 
         return recorded
 
@@ -329,8 +430,41 @@ def _no_text_to_image(call: Collection[str], parts: Collection[str], *, listed: 
     return None
 
 
+def _check_packages(name: Any) -> None:
+    """Raise ImportError where diffusers has but a stand-in for this class: a package is missing, which it names."""
+    import diffusers
+
+    family: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if hasattr(family, "_backends"):
+        family.from_config()
+
+
 def _refusal(pipe: Any, what: str) -> RecipeError:
     return RecipeError(f"pipeline.family generic: {type(pipe).__name__} {what.rstrip('.')}.")
+
+
+def _with_its_processors(denoiser: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` with the attention processors of now, whenever it is run.
+
+    Some calls put others in and take them out at their end (perturbed-attention guidance): a step that is run again on
+    the way back would be another function.
+    """
+    processors = getattr(denoiser, "attn_processors", None)
+    if processors is None:
+        return forward
+
+    @wraps(forward)
+    def same(*args: Any, **kwargs: Any) -> Any:
+        before = denoiser.attn_processors
+        if all(before.get(name) is processor for name, processor in processors.items()):
+            return forward(*args, **kwargs)
+        denoiser.set_attn_processor(dict(processors))  # takes out of the dict what it has put in
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            denoiser.set_attn_processor(dict(before))
+
+    return same
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -342,6 +476,23 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple | Mapping):
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(part)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, torch's own generators start from `seed`; afterwards they go on as if nothing had been drawn.
+
+    Some calls draw from them, beside the generators that they are given: for a scheduler's noise, to rewrite a prompt.
+    """
+    import torch
+
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for one in cuda:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 @contextmanager

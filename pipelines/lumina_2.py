@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rewardtune.diffusion.schedulers import fresh
 from rewardtune.plugins import Guidance, Options
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Lumina2:
         self.pipe = pipe
         self.options = config or self.Config()
         # a copy as configured: `pipe(...)` leaves its own timesteps behind in the scheduler it is called with
-        self.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        self.scheduler = fresh(pipe.scheduler)
         self.image_size = (pipe.default_image_size, pipe.default_image_size)
         self.size_multiple = pipe.vae_scale_factor * 2
         self.trainable = {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}
@@ -130,7 +131,7 @@ class Lumina2:
         import numpy as np
         from diffusers.pipelines.lumina2.pipeline_lumina2 import calculate_shift, retrieve_timesteps
 
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler = fresh(self.scheduler)
         config = scheduler.config
         mu = calculate_shift(
             # the pipeline takes the number of channels for the length; the published scheduler uses neither

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rewardtune.diffusion.schedulers import fresh
 from rewardtune.plugins import Guidance, Options
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class PixArtSigma:
         self.pipe = pipe
         self.options = config or self.Config()
         # a copy as configured: `pipe(...)` leaves its own timesteps behind in the scheduler it is called with
-        self.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        self.scheduler = fresh(pipe.scheduler)
         # what the pipeline would fall back to, decided once: it warns at every call, and a report says what was done
         clean = self.options.clean_caption and is_bs4_available() and is_ftfy_available()
         self._text = {"clean_caption": clean, "max_sequence_length": self.options.max_sequence_length}
@@ -120,7 +121,7 @@ class PixArtSigma:
         return noise
 
     def timesteps(self, num_steps: int, size: tuple[int, int]) -> tuple[Any, Tensor]:
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler = fresh(self.scheduler)
         scheduler.set_timesteps(num_steps, device=self.pipe.transformer.device)
         return scheduler, scheduler.timesteps
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rewardtune.diffusion.schedulers import fresh
 from rewardtune.plugins import Guidance, Options
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Sana:
         self.pipe = pipe
         self.options = config or self.Config()
         # a copy as configured: `pipe(...)` leaves its own timesteps behind in the scheduler it is called with
-        self.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        self.scheduler = fresh(pipe.scheduler)
         side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
         self.image_size = (side, side)
         # the pipeline asks for multiples of 32 whatever its autoencoder
@@ -115,7 +116,7 @@ class Sana:
         return latents
 
     def timesteps(self, num_steps: int, size: tuple[int, int]) -> tuple[Any, Tensor]:
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler = fresh(self.scheduler)
         scheduler.set_timesteps(num_steps, device=self.pipe.transformer.device)
         return scheduler, scheduler.timesteps
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rewardtune.diffusion.schedulers import fresh
 from rewardtune.plugins import Guidance, Options
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class StableDiffusion:
         self.pipe = pipe
         self.options = config or self.Config()
         # a copy as configured: `pipe(...)` leaves its own timesteps behind in the scheduler it is called with
-        self.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        self.scheduler = fresh(pipe.scheduler)
         side = pipe.unet.config.sample_size
         height, width = (side, side) if isinstance(side, int) else side
         self.image_size = (height * pipe.vae_scale_factor, width * pipe.vae_scale_factor)
@@ -110,7 +111,7 @@ class StableDiffusion:
         return noise
 
     def timesteps(self, num_steps: int, size: tuple[int, int]) -> tuple[Any, Tensor]:
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler = fresh(self.scheduler)
         scheduler.set_timesteps(num_steps, device=self.pipe.unet.device)
         return scheduler, scheduler.timesteps
 

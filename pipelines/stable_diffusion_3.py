@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rewardtune.diffusion.schedulers import fresh
 from rewardtune.plugins import Guidance, Options
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class StableDiffusion3:
         self.pipe = pipe
         self.options = config or self.Config()
         # a copy as configured: `pipe(...)` leaves its own timesteps behind in the scheduler it is called with
-        self.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        self.scheduler = fresh(pipe.scheduler)
         side = pipe.default_sample_size * pipe.vae_scale_factor
         self.image_size = (side, side)
         self.size_multiple = pipe.vae_scale_factor * pipe.patch_size
@@ -144,7 +145,7 @@ class StableDiffusion3:
     def timesteps(self, num_steps: int, size: tuple[int, int]) -> tuple[Any, Tensor]:
         from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler = fresh(self.scheduler)
         config, shift = scheduler.config, {}
         if config.get("use_dynamic_shifting"):
             shift["mu"] = calculate_shift(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rewardtune.diffusion.schedulers import fresh
 from rewardtune.plugins import Guidance, Options
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class StableDiffusionXL:
         self.pipe = pipe
         self.options = config or self.Config()
         # a copy as configured: `pipe(...)` leaves its own timesteps behind in the scheduler it is called with
-        self.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        self.scheduler = fresh(pipe.scheduler)
         side = pipe.default_sample_size * pipe.vae_scale_factor
         self.image_size = (side, side)
         self.size_multiple = math.lcm(8, pipe.vae_scale_factor)  # 8: the family's own check
@@ -121,7 +122,7 @@ class StableDiffusionXL:
         return noise
 
     def timesteps(self, num_steps: int, size: tuple[int, int]) -> tuple[Any, Tensor]:
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler = fresh(self.scheduler)
         scheduler.set_timesteps(num_steps, device=self.pipe.unet.device)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rewardtune.diffusion.schedulers import fresh
 from rewardtune.plugins import Guidance, Options
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class ZImage:
         self.pipe = pipe
         self.options = config or self.Config()
         # a copy as configured: `pipe(...)` leaves its own timesteps behind in the scheduler it is called with
-        self.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        self.scheduler = fresh(pipe.scheduler)
         # diffusers' own default is 1024; a checkpoint trained at another size says so in its VAE's config
         side = pipe.vae.config.sample_size
         self.image_size = (1024, 1024) if side in (None, 32) else (side, side)
@@ -114,7 +115,7 @@ class ZImage:
             retrieve_timesteps,
         )
 
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler = fresh(self.scheduler)
         pixels_a_token = self.pipe.vae_scale_factor * 2
         config = scheduler.config
         mu = calculate_shift(

@@ -106,7 +106,8 @@ def build_task(recipe: Recipe, *, device: str) -> Task:
             samples=samples,
             export=exporter,
         )
-    check_deterministic(pipeline.scheduler)
+    if not isinstance(pipeline, WholeRollout):  # which runs its denoiser again, and never its scheduler
+        check_deterministic(pipeline.scheduler)
     flat = getattr(recipe.gradient, "memory", "flat") == "flat"
     if not recipe.train.compile:
         for part in pipeline.pipe.components.values():

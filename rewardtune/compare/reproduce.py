@@ -46,13 +46,14 @@ def draw(side: str) -> int:
     ).to(sampling["device"])  # fmt: skip
     if getattr(pipe, "watermark", None) is not None:
         pipe.watermark = None  # the images to compare with have none
-    lora = str(folder / record["lora"]) if record["lora"] else None
-    if lora and hasattr(pipe, "load_lora_weights"):
-        pipe.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
+    lora = folder / record["lora"] if record["lora"] else None
+    if lora and not (lora / "adapter_model.safetensors").is_file():
+        pipe.load_lora_weights(str(lora), weight_name="pytorch_lora_weights.safetensors")
     elif lora:
         from peft import PeftModel
 
-        pipe.transformer = PeftModel.from_pretrained(pipe.transformer, lora)
+        name = "unet" if getattr(pipe, "transformer", None) is None else "transformer"
+        setattr(pipe, name, PeftModel.from_pretrained(getattr(pipe, name), str(lora)))
     pipe.set_progress_bar_config(disable=True)
     scale = record.get("lora_scale", 1.0)
     if scale == "linear":
@@ -72,8 +73,11 @@ def draw(side: str) -> int:
             generator=[torch.Generator().manual_seed(image["seed"]) for image in batch],
             num_inference_steps=sampling["num_inference_steps"],
             **call,
-        ).images
-        for image, picture in zip(batch, pictures, strict=True):
+        )[0]  # not every pipeline calls them images
+        for image, drawn in zip(batch, pictures, strict=True):
+            picture = drawn
+            if drawn.mode == "RGBA":  # the pictures to compare with lie over white
+                picture = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn)
             picture.save(target / image["file"])
             old = np.asarray(Image.open(folder / image["file"]).convert("RGB"), dtype=int)
             gap = int(np.abs(old - np.asarray(picture.convert("RGB"), dtype=int)).max())

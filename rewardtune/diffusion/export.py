@@ -52,10 +52,10 @@ def lora(
         # peft keeps a set; sorted, the same run says the same in every process
         config.target_modules = sorted(config.target_modules)
         configs[name] = config
-    save = getattr(pipeline.pipe, "save_lora_weights", None)
-    if save is not None:
+    if lora_module.has_loader(pipeline):
         layers = {f"{name}_lora_layers": state for name, state in states.items()}
-        save(str(folder), **layers, **{f"{name}_lora_adapter_metadata": c.to_dict() for name, c in configs.items()})
+        settings = {f"{name}_lora_adapter_metadata": config.to_dict() for name, config in configs.items()}
+        pipeline.pipe.save_lora_weights(str(folder), **layers, **settings)
         file = folder / LORA_FILE
     else:
         (name,) = modules
@@ -191,7 +191,7 @@ def _write_card(
     imports, start = ["from diffusers import DiffusionPipeline"], f'"{base}"' if adapters else _THIS
     if adapters and shipped:
         imports, start = [*imports, "from rewardtune.data.references import resolve"], f"resolve({start})"
-    peft = adapters and not hasattr(trained.pipe, "load_lora_weights")
+    peft = adapters and not lora_module.has_loader(trained)
     if peft:
         imports.append("from peft import PeftModel")
     without = "".join(f", {name}=None" for name in absent(trained.pipe))

@@ -33,16 +33,21 @@ def keep_less(module: nn.Module, *, recompute: bool) -> None:
         for name, layer in children.items():
             if "forward" in vars(layer) or hasattr(layer, "_hf_hook"):  # done already; or its weights come and go
                 continue
-            if isinstance(layer, nn.Conv2d):
+            if _is(layer, nn.Conv2d):
                 # a shortcut reads what the norm beside it keeps in any case
                 if layer.padding_mode == "zeros" and not isinstance(layer.padding, str) and name != "conv_shortcut":
                     _replace(layer, _convolve)
-            elif activated and isinstance(layer, nn.GroupNorm):
+            elif activated and _is(layer, nn.GroupNorm):
                 _replace(layer, _normalise)
-            elif activated and isinstance(layer, nn.SiLU):
+            elif activated and _is(layer, nn.SiLU):
                 _replace(layer, _activate)
             elif recompute and type(layer) is GEGLU:
                 _replace(layer, _gate)
+
+
+def _is(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer is of this kind and computes as it does: a subclass may pad or cast (Qwen-Image 2.1's)."""
+    return isinstance(layer, kind) and type(layer).forward is kind.forward
 
 
 def _replace(layer: nn.Module, forward: Callable[..., Tensor]) -> None:

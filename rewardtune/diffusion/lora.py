@@ -45,11 +45,15 @@ def attach(
         config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=wanted, lora_dropout=0.0)
         module.requires_grad_(False)
         add_adapter: Any = getattr(module, "add_adapter", None)
-        if add_adapter is not None:
-            # diffusers and transformers also note the adapter, which their savers and loaders look for.
-            add_adapter(config, adapter_name=ADAPTER)
-        else:
-            inject_adapter_in_model(config, module, adapter_name=ADAPTER)
+        try:
+            if add_adapter is not None:
+                # diffusers and transformers also note the adapter, which their savers and loaders look for.
+                add_adapter(config, adapter_name=ADAPTER)
+            else:
+                inject_adapter_in_model(config, module, adapter_name=ADAPTER)
+        except ValueError as error:  # a name may be that of a linear layer here and of a block there
+            told = " ".join(str(error).split())
+            raise RecipeError(f"lora.targets: {name} takes no adapters of {', '.join(wanted)}: {told}") from error
         for path, parameter in module.named_parameters():
             adapter = f".{ADAPTER}." in path and ".lora_" in path
             parameter.requires_grad_(adapter)
@@ -130,16 +134,30 @@ def folded(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def has_loader(pipeline: AnyPipeline) -> bool:
+    """Whether diffusers has a loader for adapters of the denoiser.
+
+    Some pipelines have inherited one that is for other modules than theirs (PRX, Kolors with perturbed-attention
+    guidance), or for another class of denoiser (Kandinsky 3).
+    """
+    modules: Sequence[str] = getattr(pipeline.pipe, "_lora_loadable_modules", ())
+    return (
+        pipeline.denoiser in modules
+        and all(hasattr(pipeline.pipe, name) for name in modules)
+        and hasattr(pipeline.trainable[pipeline.denoiser], "load_lora_adapter")
+    )
+
+
 def loadable(pipeline: AnyPipeline) -> Sequence[str]:
     """Modules whose exported adapters can be put on a pipeline again."""
-    modules: Sequence[str] = getattr(pipeline.pipe, "_lora_loadable_modules", (pipeline.denoiser,))
+    modules: Sequence[str] = pipeline.pipe._lora_loadable_modules if has_loader(pipeline) else (pipeline.denoiser,)
     return modules
 
 
 def load(pipeline: AnyPipeline, folder: Path) -> None:
     """Put exported adapters on, as a user of the family does: with diffusers' loader or, where it has none, peft's."""
     pipe = pipeline.pipe
-    if hasattr(pipe, "load_lora_weights"):
+    if has_loader(pipeline):
         pipe.load_lora_weights(str(folder), weight_name=DIFFUSERS)
         return
     from peft import PeftModel
@@ -150,7 +168,7 @@ def load(pipeline: AnyPipeline, folder: Path) -> None:
 def unload(pipeline: AnyPipeline) -> None:
     """Take off what `load` put on."""
     pipe = pipeline.pipe
-    if hasattr(pipe, "unload_lora_weights"):
+    if has_loader(pipeline):
         pipe.unload_lora_weights()
     else:
         setattr(pipe, pipeline.denoiser, getattr(pipe, pipeline.denoiser).unload())

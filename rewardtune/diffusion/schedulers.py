@@ -1,4 +1,5 @@
-"""Which of diffusers' schedulers a reward gradient may run through: those whose steps draw no noise."""
+"""diffusers' schedulers: another one like the checkpoint's, and those that a reward gradient may run through step by
+step, whose steps draw no noise."""
 
 from __future__ import annotations
 
@@ -26,6 +27,14 @@ DETERMINISTIC = (
 )
 """Not KDPM2DiscreteScheduler: every other prediction of it only says where the next one is made, so that a method
 without gradient through the denoiser's input trains nothing at these steps."""
+
+
+def fresh(scheduler: Any) -> Any:
+    """Another scheduler of the same class and settings, which has taken no step."""
+    # a value that the checkpoint left out counts as unset, and from_config gives it the class's own default again, even
+    # where the pipeline's constructor set another (steps_offset in the Stable Diffusion family)
+    settings = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+    return type(scheduler).from_config(settings)
 
 
 def check_deterministic(scheduler: Any) -> None:

@@ -349,7 +349,7 @@ def _samples(task: Task, state: State, loop: Loop, *, again: bool = True) -> Non
     if not bool(torch.isfinite(images).all()):
         remedy = "Lower optimizer.lr, or use" if step else "Use pipeline.dtype float32 and"
         raise NonFiniteError(
-            f"the samples of step {step} hold NaN or infinite pixels: with these weights the pipeline draws no picture. "
+            f"the samples of step {step} hold NaN or infinite pixels: with these weights it draws no picture. "
             f"{remedy} train.precision fp32, and start anew with --fresh."
         )
     try:

@@ -166,6 +166,87 @@ def stable_diffusion(scheduler=None):
     )
 
 
+def noisy():
+    """Draws noise in every step."""
+    return stable_diffusion(
+        diffusers.EulerAncestralDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    )
+
+
+def perturbed():
+    """Puts attention processors of its own into the denoiser for the time of its call."""
+    parts = stable_diffusion(euler()).components
+    pipe = diffusers.StableDiffusionPAGPipeline(
+        **parts, pag_applied_layers="down_blocks.0.attentions.0", requires_safety_checker=False
+    )
+    return tiny.ready(pipe)
+
+
+def sana_sprint():
+    """Leaves the last of its scheduler's steps out, and embeds its guidance."""
+    from families.sana import make
+
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=1, attention_head_dim=32, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=16,
+        sample_size=8, guidance_embeds=True, qk_norm="rms_norm_across_heads",
+    )  # fmt: skip
+    parts = {**make().components, "transformer": transformer, "scheduler": diffusers.SCMScheduler()}
+    return tiny.ready(diffusers.SanaSprintPipeline(**parts))
+
+
+def hunyuan_image(guider=None, **transformer):
+    """Guides by a part of its own."""
+    from families.qwen_image import tokenizer
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 2, "eos_token_id": 3,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    pipe = diffusers.HunyuanImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=diffusers.AutoencoderKLHunyuanImage(
+            in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 32), layers_per_block=1,
+            spatial_compression_ratio=2, sample_size=16, scaling_factor=0.6,
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=tokenizer(), text_encoder_2=t5(), tokenizer_2=tiny.words(),
+        transformer=diffusers.HunyuanImageTransformer2DModel(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1,
+            num_single_layers=1, num_refiner_layers=1, text_embed_dim=16, text_embed_2_dim=16, rope_axes_dim=(4, 4),
+            **transformer,
+        ),
+        guider=guider,
+    )  # fmt: skip
+    pipe.tokenizer_max_length = 40
+    return tiny.ready(pipe)
+
+
+def deep_floyd():
+    """Draws pixels without a decoder, and converts them for pictures only."""
+    torch.manual_seed(0)
+    return tiny.ready(
+        diffusers.IFPipeline(
+            tokenizer=tiny.words(length=77), text_encoder=t5(), safety_checker=None, feature_extractor=None,
+            watermarker=None, requires_safety_checker=False,
+            unet=diffusers.UNet2DConditionModel(
+                sample_size=16, in_channels=3, out_channels=6, layers_per_block=1, block_out_channels=(8, 16),
+                norm_num_groups=4, down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+                mid_block_type="UNetMidBlock2DSimpleCrossAttn", cross_attention_dim=16, attention_head_dim=4,
+                up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), encoder_hid_dim=16,
+                resnet_time_scale_shift="scale_shift", only_cross_attention=True,
+            ),
+            scheduler=diffusers.DDPMScheduler(
+                variance_type="learned_range", beta_schedule="squaredcos_cap_v2", thresholding=True
+            ),
+        )
+    )  # fmt: skip
+
+
 def euler():
     return diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
@@ -183,6 +264,8 @@ FOREIGN = {
     "ovis_image": (ovis_image, {"max_sequence_length": 64}),
     # takes true_cfg_scale beside the guidance that its transformer embeds
     "flux": (flux, {"max_sequence_length": 32}),
+    "noisy": (noisy, {}),
+    "perturbed": (perturbed, {}),
 }
 """Pipelines that the adapter knows nothing of, and options of their call."""
 
@@ -203,9 +286,9 @@ def arguments(adapter, guidance, size=SIZES[0]):
     }  # fmt: skip
 
 
-def roll_out(adapter, guidance, last_steps="all", memory="fast"):
+def roll_out(adapter, guidance, last_steps="all", memory="fast", size=SIZES[0]):
     return adapter.rollout(
-        PROMPTS, generators(), num_steps=STEPS, guidance=guidance, size=SIZES[0],
+        PROMPTS, generators(), num_steps=STEPS, guidance=guidance, size=size,
         **choice(None, last_steps=last_steps, memory=memory)._asdict(),
     )  # fmt: skip
 
@@ -265,6 +348,23 @@ def test_gradient_of_the_last_steps_is_that_of_a_call_cut_before_them(foreign, m
     found = gradient(Raw(foreign), lambda: roll_out(foreign, guidance, STEPS - 2, memory))
     assert difference(found, wanted) <= 1e-5
     assert difference(whole, wanted) > 1e-3
+
+
+def test_steps_that_the_call_leaves_out_do_not_count():
+    call = {"use_resolution_binning": False, "intermediate_timesteps": None, "complex_human_instruction": None}
+    adapter, guidance, size = Generic(sana_sprint(), Generic.Config(call=call)), Guidance("full", 3.0), (32, 32)
+
+    def cut(pipe, i, timestep, kwargs):
+        return {"latents": kwargs["latents"].detach() if i == STEPS - 2 else kwargs["latents"]}
+
+    plain = type(adapter.pipe).__call__.__wrapped__
+    wanted = gradient(
+        Raw(adapter),
+        lambda: plain(adapter.pipe, **arguments(adapter, guidance, size), callback_on_step_end=cut).images,
+    )
+    for memory in ("fast", "flat"):
+        found = gradient(Raw(adapter), lambda memory=memory: roll_out(adapter, guidance, 1, memory, size))
+        assert difference(found, wanted) <= 1e-5
 
 
 DEDICATED = {
@@ -335,6 +435,34 @@ def test_a_random_cut_is_the_one_of_the_familys_own_adapter(case, memory):
     assert len(lengths) > 2 and max(lengths) <= total
 
 
+def test_values_from_minus_one_are_converted_as_the_pipeline_does_it_for_pictures():
+    guidance, call = Guidance("full", 3.0), {"clean_caption": False}
+    adapter = Generic(deep_floyd(), Generic.Config(signed=True, call=call))
+    pictures = adapter.pipe(**{**arguments(adapter, guidance), "output_type": "np"}).images
+    assert torch.equal(roll_out(adapter, guidance).permute(0, 2, 3, 1), torch.from_numpy(pictures))
+    plain = type(adapter.pipe).__call__.__wrapped__
+    wanted = gradient(
+        Raw(adapter), lambda: (plain(adapter.pipe, **arguments(adapter, guidance)).images / 2 + 0.5).clamp(0, 1)
+    )
+    for memory in ("fast", "flat"):
+        found = gradient(Raw(adapter), lambda memory=memory: roll_out(adapter, guidance, memory=memory))
+        assert difference(found, wanted) <= 1e-5
+    with pytest.raises(RecipeError, match=r"values from -1 to 1 .*write pipeline\.options\.signed: true"):
+        roll_out(Generic(adapter.pipe, Generic.Config(call=call)), guidance)
+
+
+def test_transparency_shows_white():
+    adapter = changed(image(lambda images: torch.cat([images, images[:, :1]], 1)))
+    opaque = roll_out(changed(image(lambda images: images)), OFF)
+    assert torch.allclose(roll_out(adapter, OFF), opaque * opaque[:, :1] + 1 - opaque[:, :1], atol=1e-6)
+
+
+def test_a_size_among_the_settings_of_the_pipeline_counts_pixels():
+    pipe = stable_diffusion()
+    pipe.register_to_config(default_sample_size=24)
+    assert Generic(pipe).image_size == (24, 24)
+
+
 def test_only_the_chosen_steps_record_and_are_run_again():
     adapter = Generic(aura_flow())
     denoiser = adapter.trainable["transformer"].requires_grad_(True)
@@ -374,6 +502,13 @@ def test_a_call_does_not_depend_on_the_one_before():
     assert torch.equal(roll_out(adapter, OFF), first)
 
 
+def test_what_a_call_draws_beside_its_generators_follows_from_their_seeds():
+    adapter = changed(image(lambda images: (images + torch.rand(()) / 10).clamp(0, 1)))
+    before = torch.get_rng_state()
+    first, second = roll_out(adapter, OFF), roll_out(adapter, OFF)
+    assert torch.equal(first, second) and torch.equal(torch.get_rng_state(), before)
+
+
 # ----------------------------------------------------------------------------------------------------------- guidance
 
 
@@ -390,6 +525,33 @@ def test_guidance_is_said_in_the_calls_own_words():
     assert true.call(Guidance("full", 4.0)) == {"true_cfg_scale": 4.0, "negative_prompt": ""}
     images = [roll_out(true, g) for g in (OFF, Guidance("off", embedded=2.5), Guidance("full", 4.0))]
     assert not torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+
+
+def test_a_distilled_denoiser_takes_its_guidance_under_the_name_that_the_call_has_for_it():
+    sprint = Generic(sana_sprint())
+    for mode in ("off", "full"):
+        assert sprint.call(Guidance(mode, 3.0)) == {}  # its own default
+        assert sprint.call(Guidance(mode, 3.0, embedded=2.0)) == {"guidance_scale": 2.0}
+    distilled = Generic(hunyuan_image(guidance_embeds=True))
+    assert distilled.call(Guidance("off", embedded=2.0)) == {"distilled_guidance_scale": 2.0}
+    assert Generic(aura_flow()).call(Guidance("off", embedded=2.0)) == {"guidance_scale": 1.0}
+
+
+def test_parts_that_guide_are_off_where_guidance_is_and_have_the_scale_that_was_asked_for():
+    pipe = hunyuan_image(diffusers.ClassifierFreeGuidance(guidance_scale=3.0))
+    adapter, own = Generic(pipe), pipe.guider
+    guided = roll_out(adapter, Guidance("full", 3.0))
+    assert torch.equal(guided, pipe(**arguments(adapter, Guidance("full", 3.0))).images)
+    unguided = roll_out(adapter, OFF)
+    assert not torch.equal(guided, unguided) and pipe.guider is own
+    pipe.guider.disable()
+    assert torch.equal(unguided, pipe(**arguments(adapter, OFF)).images)
+    assert adapter.call(Guidance("full", 1.0)) == {}
+    with pytest.raises(RecipeError, match=r"no part of it guides; write rollout\.guidance: off"):
+        adapter.call(Guidance("full", 3.0))
+    pipe.guider.enable()
+    with pytest.raises(RecipeError, match="its part guider by 3 guides it, so give that scale"):
+        adapter.call(Guidance("full", 4.0))
 
 
 def test_a_branch_without_gradient_is_refused():
@@ -521,6 +683,122 @@ def test_what_the_pipeline_itself_refuses_is_told():
         sample(Generic(cog_view_4()), PROMPTS, generators(), num_steps=1, guidance=OFF, size=(20, 20))
 
 
+def test_what_breaks_off_is_told_with_its_place_and_what_may_help():
+    def broken(call, pipe, *args, **kwargs):
+        return len(kwargs["timesteps"])
+
+    told = (
+        r"breaks off in its call \(test_generic\.py, line \d+\) with TypeError: .*'NoneType'.*pipeline\.options\.call\."
+    )
+    with pytest.raises(RecipeError, match=told):
+        roll_out(changed(lambda call, *args, **kwargs: broken(call, *args, **{**kwargs, "timesteps": None})), OFF)
+
+    def strict(call, pipe, *args, **kwargs):
+        raise ValueError("no safety checker.")
+
+    pipe = changed(strict).pipe
+    pipe.safety_checker = torch.nn.Identity()
+    with pytest.raises(RecipeError, match=r"no safety checker\. It runs here without its safety_checker"):
+        roll_out(Generic(pipe), OFF)
+
+
+def test_prompts_can_have_calls_of_their_own():
+    def alone(call, pipe, *args, **kwargs):
+        if len(kwargs["prompt"]) > 1:
+            raise RuntimeError("shapes do not match")
+        return call(pipe, *args, **kwargs)
+
+    adapter = changed(alone)
+    with pytest.raises(RecipeError, match=r"RuntimeError: shapes do not match\. .*pipeline\.options\.one_by_one: true"):
+        roll_out(adapter, OFF)
+    adapter, together = Generic(adapter.pipe, Generic.Config(one_by_one=True)), Generic(stable_diffusion(euler()))
+    adapter.pipe.register_modules(scheduler=together.pipe.scheduler)
+    adapter = Generic(adapter.pipe, adapter.options)
+    guidance = Guidance("full", 3.0, "red")
+    assert torch.allclose(roll_out(adapter, guidance), roll_out(together, guidance), atol=1e-5)
+    drawn = []
+
+    def draw(total):
+        drawn.append(total)
+        return range(total)[-2:]
+
+    for memory in (False, True):
+        found = gradient(
+            Raw(adapter),
+            lambda memory=memory: adapter.rollout(
+                PROMPTS, generators(), num_steps=STEPS, guidance=guidance, size=SIZES[0], gradient_steps=draw,
+                recompute=memory,
+            ),
+        )  # fmt: skip
+        assert difference(found, gradient(Raw(together), lambda: roll_out(together, guidance, 2))) <= 1e-4
+    assert drawn == [STEPS, STEPS]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: no")])
+def test_exhausted_memory_is_left_to_whoever_knows_what_helps(error):
+    def exhausted(*args, **kwargs):
+        raise error
+
+    with pytest.raises(type(error)):
+        roll_out(changed(exhausted), OFF)
+
+
+def test_a_package_that_the_pipeline_needs_is_asked_for(tmp_path, monkeypatch):
+    """diffusers then has a stand-in for the class, which raises as soon as it is used."""
+    from diffusers.utils.import_utils import DummyObject
+
+    class KolorsPipeline(metaclass=DummyObject):
+        _backends = ("torch", "a_package")
+
+        @classmethod
+        def from_config(cls, *args, **kwargs):
+            raise ImportError("KolorsPipeline requires a_package")
+
+    monkeypatch.setattr(diffusers, "KolorsPipeline", KolorsPipeline)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline", "_diffusers_version": "0.42.0"}')
+    with pytest.raises(RecipeError, match="needs a package: KolorsPipeline requires a_package"):
+        load_pipeline(PipelineSection(model=str(tmp_path), family="generic"), device="cpu")
+
+
+@pytest.mark.parametrize("change", ["another class", "another module", "one module more"])
+def test_adapters_go_through_peft_where_diffusers_loader_is_not_for_the_denoiser(tmp_path, monkeypatch, change):
+    """As in Kandinsky 3, whose UNet has no loader of adapters, in PRX, whose loader is for a UNet, and in Kolors with
+    perturbed-attention guidance, where it is for two text encoders."""
+    pixart_alpha().save_pretrained(tmp_path / "base")
+    family = diffusers.PixArtAlphaPipeline
+    monkeypatch.setattr(family, "load_lora_weights", lambda *_, **__: 1 / 0, raising=False)
+    monkeypatch.setattr(family, "save_lora_weights", lambda *_, **__: 1 / 0, raising=False)
+    modules = {"another module": ["unet"], "one module more": ["transformer", "text_encoder_2"]}
+    monkeypatch.setattr(family, "_lora_loadable_modules", modules.get(change, ["transformer"]), raising=False)
+    if change == "another class":
+        monkeypatch.delattr(diffusers.loaders.PeftAdapterMixin, "load_lora_adapter")
+    options = {"size": (16, 16), "call": {"use_resolution_binning": False}}
+    section = PipelineSection(model=str(tmp_path / "base"), family="generic", options=options)
+    adapter = load_pipeline(section, device="cpu")
+    assert list(lora.loadable(adapter)) == ["transformer"]
+    lora.attach(adapter.trainable, rank=2, targets=adapter.lora_targets)
+    for name, parameter in adapter.trainable["transformer"].named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    (tmp_path / "export").mkdir()
+    export.lora(adapter, ["transformer"], tmp_path / "export", {"name": "test"}, base=str(tmp_path / "base"))
+    assert (tmp_path / "export" / "adapter_model.safetensors").is_file()
+    assert "PeftModel.from_pretrained(pipe.transformer" in (tmp_path / "export" / "README.md").read_text()
+    fresh = load_pipeline(section, device="cpu")
+    before = roll_out(fresh, OFF)
+    lora.load(fresh, tmp_path / "export")
+    assert not torch.equal(roll_out(fresh, OFF), before)
+    lora.unload(fresh)
+    assert torch.equal(roll_out(fresh, OFF), before)
+
+
+def test_pipelines_within_a_pipeline_are_refused():
+    pipe = stable_diffusion()
+    pipe.decoder_pipe = stable_diffusion()
+    with pytest.raises(RecipeError, match=r"through pipelines of its own \(decoder_pipe\)"):
+        Generic(pipe)
+
+
 # ------------------------------------------------------------------------------------------------------------ recipes
 
 
@@ -606,6 +884,11 @@ def test_a_recipe_is_built_with_the_steps_that_its_method_chooses(recipe):
     assert list(task.trainable) == ["transformer"] and all(
         p.requires_grad for p in task.trainable["transformer"].parameters()
     )
+
+
+def test_a_scheduler_may_draw_noise_since_its_steps_are_never_run_again(recipe, tmp_path):
+    noisy().save_pretrained(tmp_path / "base")
+    assert isinstance(build_task(recipe(RECIPE), device="cpu"), DirectReward)
 
 
 def test_what_takes_single_steps_is_refused_before_anything_is_loaded(recipe):

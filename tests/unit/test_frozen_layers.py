@@ -149,3 +149,21 @@ def test_small_inputs_are_left_alone(monkeypatch):
     inputs = draw(1, 2, 4, 4).requires_grad_(True)
     monkeypatch.setattr(frozen_layers, "SMALL", inputs.nbytes + 1)
     assert type(layer(inputs).grad_fn).__name__ == "ConvolutionBackward0"
+
+
+def test_a_layer_that_computes_in_its_own_way_is_left_alone():
+    """As the convolutions of Qwen-Image 2.1's decoder, which pad in their own way and take a second argument."""
+
+    class Padded(nn.Conv2d):
+        def forward(self, inputs: Tensor, before: Tensor | None = None) -> Tensor:
+            return super().forward(nn.functional.pad(inputs, (2, 0, 2, 0)) + (0 if before is None else before))
+
+    class Doubled(nn.SiLU):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return 2 * super().forward(inputs)
+
+    model = nn.Sequential(Padded(4, 4, 3), nn.GroupNorm(2, 4), Doubled()).requires_grad_(False)
+    inputs = draw(1, 4, 8, 8).requires_grad_(True)
+    wanted, second = model(inputs), model[0](inputs, torch.ones(()))
+    keep_less(model, recompute=True)
+    assert torch.equal(model(inputs), wanted) and torch.equal(model[0](inputs, torch.ones(())), second)

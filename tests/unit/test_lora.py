@@ -126,3 +126,10 @@ def test_the_state_loads_into_a_fresh_model_through_diffusers() -> None:
 def test_a_target_that_matches_nothing_is_named() -> None:
     with pytest.raises(RecipeError, match=r"transformer has no layer .*'to_queue'.*to_q, "):
         lora.attach({"transformer": transformer()}, rank=2, targets={"transformer": ["to_q", "to_queue"]})
+
+
+def test_a_target_that_is_a_block_in_one_place_is_refused():
+    with pytest.raises(
+        RecipeError, match=r"lora\.targets: transformer takes no adapters of to_q, attention: .*supported"
+    ):
+        lora.attach({"transformer": transformer()}, rank=2, targets={"transformer": ["to_q", "attention"]})

@@ -8,13 +8,14 @@ import diffusers
 import pytest
 import tiny
 import torch
+from rewardtune.pipelines.generic import Generic
 from rewardtune.pipelines.stable_diffusion import StableDiffusion
 from rewardtune.pipelines.stable_diffusion_3 import StableDiffusion3
 from rewardtune.pipelines.z_image import ZImage
 
 from rewardtune.build import build_task
 from rewardtune.diffusion.parameterisation import is_flow
-from rewardtune.diffusion.rollout import Chain
+from rewardtune.diffusion.rollout import Chain, sample
 from rewardtune.diffusion.schedulers import DETERMINISTIC, check_deterministic
 from rewardtune.errors import RecipeError
 from rewardtune.gradients import METHODS, Draws, load_method
@@ -241,6 +242,18 @@ def test_other_schedulers_are_refused_with_those_that_work(name, settings):
     with pytest.raises(RecipeError, match="DDIMScheduler") as error:
         check_deterministic(getattr(diffusers, name)(**settings))
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize("adapter", [StableDiffusion, Generic])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_what_the_pipeline_set_as_it_was_made_is_kept(adapter, name):
+    """Its constructor gives steps_offset 1 to a scheduler whose file leaves it out, as those of some checkpoints do."""
+    pipe = tiny.stable_diffusion(getattr(diffusers, name)(beta_schedule="scaled_linear", beta_end=0.012))
+    assert pipe.scheduler.config.steps_offset == 1
+    found = sample(adapter(pipe), ["dog"], [torch.Generator().manual_seed(0)], num_steps=4, guidance=OFF, size=SIZE)
+    call = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": SIZE[0], "width": SIZE[1]}
+    wanted = pipe("dog", generator=torch.Generator().manual_seed(0), output_type="pt", **call).images
+    assert (found - wanted).abs().max() <= 1e-6
 
 
 def recipe_of(folder) -> DirectRewardRecipe:
