@@ -149,12 +149,23 @@ def _override(document: Document, override: str, applied: dict[Loc, str]) -> lis
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON Schema of all recipes, told apart by `task`."""
+    """JSON Schema of all recipes, told apart by `task`. Every key has a description, which editors show."""
     adapter: TypeAdapter[Any] = TypeAdapter(Recipe)
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "rewardtune recipe",
-    } | adapter.json_schema()
+    schema = adapter.json_schema()
+    for section in schema["$defs"].values():
+        for key in section["properties"].values():
+            if "description" not in key:
+                key["description"] = _described_by(key, section, schema["$defs"])
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "rewardtune recipe"} | schema
+
+
+def _described_by(key: Mapping[str, Any], section: Mapping[str, Any], sections: Mapping[str, Any]) -> str:
+    """What stands for a docstring that a key lacks: its section's where it only names that section (`task`, `method`,
+    `kind`), else that of the section which is its value."""
+    if "const" in key:
+        return str(section["description"])
+    (target,) = {value["$ref"].rpartition("/")[2] for value in (key, *key.get("anyOf", ())) if "$ref" in value}
+    return str(sections[target]["description"])
 
 
 def _validate(data: dict[str, Any]) -> tuple[Any, list[Mistake]]:

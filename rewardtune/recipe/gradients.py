@@ -21,6 +21,7 @@ class ReflSection(Section):
     """Earliest step that may carry gradient, as a fraction of the roll-out (the paper: 30 of 40). 0 draws from all, as
     Z-Reward extends it."""
     latest: Fraction = 1.0
+    """Latest step, as a fraction of the roll-out."""
 
 
 class DraftSection(Section):
@@ -28,6 +29,8 @@ class DraftSection(Section):
 
     method: Literal["draft"]
     last_steps: Positive | Literal["all"] = 1
+    """K, how many of the last denoising steps carry gradient: up to `rollout.steps`, or `all` for the full chain (1:
+    DRaFT-1)."""
     memory: Memory = "flat"
     """`fast` keeps the graph; `flat` recomputes each step, so that memory does not grow with K."""
 
@@ -39,6 +42,8 @@ class DraftLvSection(Section):
     copies: Positive = 2
     """Noised copies of each sample (the paper: 2)."""
     memory: Memory = "flat"
+    """`fast` keeps the denoiser's and the decoder's graphs; `flat` recomputes them on the way back: less memory, some
+    more time."""
 
 
 class AlignPropSection(Section):
@@ -48,6 +53,8 @@ class AlignPropSection(Section):
     longest: Fraction = 1.0
     """Most steps with gradient, as a fraction of the roll-out; how many is drawn evenly from 1 to that."""
     memory: Memory = "flat"
+    """`fast` keeps the denoiser's and the decoder's graphs; `flat` recomputes them on the way back: less memory, some
+    more time."""
 
 
 class DrtuneSection(Section):
@@ -55,10 +62,12 @@ class DrtuneSection(Section):
 
     method: Literal["drtune"]
     train_steps: Positive = 2
-    """K, steps with gradient (ours)."""
+    """K, how many denoising steps carry gradient, equally spaced (ours); up to `rollout.steps`."""
     early_stop: Positive = 1
-    """m: the reward sees the x0 estimate 1 to m steps before the end (ours)."""
+    """m, in denoising steps: the reward sees the x0 estimate 1 to m steps before the end, drawn at random (ours)."""
     memory: Memory = "flat"
+    """`fast` keeps the denoiser's and the decoder's graphs; `flat` recomputes them on the way back: less memory, some
+    more time."""
 
 
 class DirectAlignSection(Section):
@@ -66,10 +75,11 @@ class DirectAlignSection(Section):
 
     method: Literal["direct_align"]
     earliest: Fraction = 0.2
-    """Between which fractions of the roll-out the step lies (ours)."""
+    """Earliest step, as a fraction of the roll-out (ours)."""
     latest: Fraction = 0.9
+    """Latest step, as a fraction of the roll-out (ours)."""
     span: Positive = 1
-    """Over how many steps of the roll-out the one prediction carries (ours)."""
+    """Over how many denoising steps the one prediction carries (ours); at most `rollout.steps` - 2."""
     inversion: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of the step back to more noise, along which the reward is to fall; 0 leaves it out."""
 
@@ -79,11 +89,14 @@ class FlowbpSparseSection(Section):
 
     method: Literal["flowbp_sparse"]
     active_steps: Positive = 4
+    """How many denoising steps carry gradient, drawn anew at every optimiser step (ours); up to `rollout.steps`."""
     late_bias: Annotated[float, Field(ge=0.0)] = 1.0
     """Step i is chosen with weight (i + 1)^late_bias; 4, 1 and 0.5 are the authors' settings for SD 3.5."""
     rescale: Fraction = 0.5
-    """How far the gradient is scaled up to make good for the steps that carry none."""
+    """How far the gradient is scaled up to make good for the steps that carry none: 0 not at all, 1 in full."""
     memory: Memory = "flat"
+    """`fast` keeps the denoiser's and the decoder's graphs; `flat` recomputes them on the way back: less memory, some
+    more time."""
 
 
 GradientSection = Annotated[

@@ -35,10 +35,13 @@ class GuardSection(Section):
     max_drift: Annotated[float, Field(gt=0.0)] | None = None
     """Largest mean distance of an image to the start's of the same prompt and seed, over the start's diversity."""
     steps: Positive = 20
-    """Denoising steps, like the next three as in `compare`."""
+    """Denoising steps of the looks' images."""
     guidance_scale: Annotated[float, Field(ge=0.0)] = 4.0
+    """Classifier-free guidance of the looks, in the meaning of the family's own pipeline."""
     embedded_guidance: Annotated[float, Field(ge=0.0)] | None = None
+    """Guidance that a distilled denoiser takes as an input; the family's own default when left out."""
     batch_size: Positive = 4
+    """Images drawn at a time."""
 
     @model_validator(mode="after")
     def _told_apart(self) -> GuardSection:

@@ -20,6 +20,7 @@ class MeanMinusDeviation(Section):
 
     kind: Literal["mean-minus-deviation"]
     weight: Annotated[float, Field(ge=0.0)] = 0.5
+    """How many standard deviations are subtracted (ours)."""
 
 
 class LowerTailMean(Section):
@@ -27,6 +28,7 @@ class LowerTailMean(Section):
 
     kind: Literal["lower-tail-mean"]
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+    """Of the probability, counted from the lowest level; 1 is the expectation (ours)."""
 
 
 class Exceedance(Section):
@@ -34,6 +36,7 @@ class Exceedance(Section):
 
     kind: Literal["exceedance"]
     threshold: float
+    """In the units of the reward's levels."""
 
 
 StatisticSection = Annotated[Expectation | MeanMinusDeviation | LowerTailMean | Exceedance, Field(discriminator="kind")]
@@ -46,7 +49,9 @@ class RelativeSection(Section):
     positive: str
     """Goes before each prompt, as "positive. prompt"."""
     negative: str
+    """Goes before each prompt in the same way; what the reward says of that is subtracted."""
     k: Annotated[float, Field(ge=0.0)] = 0.0
+    """The positive value counts 1 + k times; at 0 what the reward likes under both phrases cancels."""
 
 
 class Sum(Section):
@@ -78,7 +83,9 @@ class RewardSection(Section):
     name: str
     """Name in `rewards list`."""
     weight: float = 1.0
+    """Factor of (value - offset) / scale, where the scale is the reward's card's; negative lowers the reward."""
     options: dict[str, Any] = {}
+    """The reward's own options: `rewardtune rewards show NAME` lists them."""
     statistic: StatisticSection | None = None
     """What to maximise of a distributional reward; its expectation when left out."""
     dimensions: dict[str, float] | None = None
@@ -86,6 +93,7 @@ class RewardSection(Section):
     ceiling: float | None = None
     """Images that reach this value give no more gradient, as in ReFL's hinge (arXiv 2304.05977, Eq. 4)."""
     relative: RelativeSection | None = None
+    """Score the image under two phrases and take the difference, for rewards that read the prompt."""
     offset: float = 0.0
     """Value that counts as 0, subtracted before the card's scale divides. It matters where rewards are mixed by their
     minimum; a sum is the same without."""

@@ -46,8 +46,10 @@ class LoraSection(Section):
     """Low-rank adapters (peft)."""
 
     rank: Positive = 16
+    """Rank of the adapters' matrices (ours)."""
     alpha: Positive | None = None
-    """Defaults to `rank`, so that the file needs no metadata to load at the right strength."""
+    """What the adapters do counts alpha / rank times. `rank` when left out, so that the file needs no metadata to load
+    at the right strength."""
     modules: list[str] | None = None
     """Trainable modules of the pipeline that get adapters; its denoiser when left out."""
     targets: list[str] | None = None
@@ -72,8 +74,9 @@ class CaptionedImageSection(Section):
     """Captioned images: a .jsonl or .parquet manifest with `image` (path beside it) and `caption`."""
 
     manifest: str
+    """Path of the manifest."""
     cache_latents: bool = True
-    """Encode every image once at the start."""
+    """Encode every image once at the start and keep the latents in memory."""
     caption_dropout: Fraction = 0.1
     """Share of captions replaced by the empty one, which classifier-free guidance needs."""
 
@@ -82,6 +85,7 @@ class PreferenceSection(Section):
     """Preference records (docs/data.md): same-prompt groups with scores, annotators' scores, or preferences."""
 
     records: str
+    """Records to train on, .jsonl or .parquet."""
     held_out: str | None = None
     """Records that `evaluate` reads at the end."""
 
@@ -90,6 +94,7 @@ class JudgedImageSection(Section):
     """Pictures with prompts for a teacher to judge: preference records, whose labels are not used, or rows without."""
 
     images: str
+    """Records or rows with `prompt` and `image`, .jsonl or .parquet."""
     held_out: str | None = None
     """Rated records that `evaluate` reads at the end."""
 
@@ -106,14 +111,18 @@ class RolloutSection(Section):
     embedded_guidance: Annotated[float, Field(ge=0.0)] | None = None
     """Guidance that a distilled denoiser takes as an input, as FLUX does; the family's own default when left out."""
     negative_prompt: str = ""
+    """Of every image; used by guidance other than `off`."""
     height: Positive | None = None
+    """Pixels; the family's own size when left out. Must be a multiple that the family names."""
     width: Positive | None = None
+    """Pixels, like `height`."""
 
 
 class AugmentSection(Section):
     """Views of each image over which the rewards' gradient is averaged, so that no single pixel grid is fitted."""
 
     copies: Positive = 3
+    """Views of each image, each scored (ours): the reward's time and memory grow with it."""
     shift: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.06
     """Largest move either way, as a share of the image's shorter side (ours)."""
     noise: Annotated[float, Field(ge=0.0, le=1.0)] = 0.04
@@ -124,7 +133,9 @@ class MixedSftSection(CaptionedImageSection):
     """SFT on captioned images beside the reward, as ReFL's pre-training loss (arXiv 2304.05977, Eq. 5)."""
 
     weight: Annotated[float, Field(gt=0.0)]
+    """Factor of the denoising loss that is added to the reward's loss."""
     density: Literal["uniform", "logit-normal", "mode"] = "logit-normal"
+    """Timestep density, as `density` of task sft."""
 
 
 class RegulariseSection(Section):
@@ -134,6 +145,7 @@ class RegulariseSection(Section):
     """Weight of the mean squared distance between the denoiser's prediction and that of the frozen start, at one random
     step of each roll-out. For flow matching this is the KL between the two samplers up to the step's weight."""
     sft: MixedSftSection | None = None
+    """SFT on captioned images beside the reward; none when left out."""
 
 
 class SeenSection(Section):
@@ -159,6 +171,7 @@ class ScorerSection(SeenSection):
     model: str
     """Hub id, local folder, a scorer's export, or `pocket:scorer-base`."""
     revision: str | None = None
+    """Commit, tag or branch of a hub id."""
     rubric: str | None = None
     """`rubric.json`; the checkpoint's own, or the shipped one, when left out. May be another than the checkpoint's own:
     training makes it fit."""
@@ -176,10 +189,11 @@ class ServerSection(Section):
     key_variable: str | None = None
     """Name of the environment variable that holds the key; none is sent when left out."""
     timeout: Annotated[float, Field(gt=0.0)] = 600.0
-    """Seconds for one request, the whole reasoning included (ours, like the next two)."""
+    """Seconds for one request, the whole reasoning included (ours)."""
     retries: Annotated[int, Field(ge=0)] = 5
+    """Further attempts after a failed request, with growing pauses (ours)."""
     concurrency: Positive = 16
-    """Requests under way at once."""
+    """Requests under way at once (ours)."""
 
 
 class TeacherSection(SeenSection):
@@ -190,6 +204,7 @@ class TeacherSection(SeenSection):
     server: ServerSection | None = None
     """Where the teacher runs; in this process when left out."""
     revision: str | None = None
+    """Commit, tag or branch of a hub id."""
     rubric: str | None = None
     """`rubric.json`; the checkpoint's own, or the shipped one, when left out. Its dimensions and the values of its
     levels must be the student's; its prompts and tokens need not be."""
@@ -198,6 +213,7 @@ class TeacherSection(SeenSection):
     traces: Annotated[int, Field(ge=0)] = 1
     """K, reasoned judgements of each picture and dimension; 0 reads the teacher in one pass (a control)."""
     temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    """Of sampling the reasoning; 0 takes the likeliest token."""
     max_tokens: Positive | None = None
     """Most tokens of a reasoning; the rubric's own bound when left out."""
     cache: str | None = None
@@ -246,7 +262,9 @@ class OpdSection(Section):
     samples: Positive = 4
     """Traces of each picture and dimension (ours)."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Of sampling the traces."""
     max_tokens: Positive | None = None
+    """Most tokens of a reasoning; the rubric's own bound when left out."""
 
 
 class DanceSection(Section):
@@ -283,6 +301,7 @@ class RemoteRolloutSection(Section):
     """Roll-outs on a vLLM server that loads adapters at run time (docs/train-a-reward.md)."""
 
     server: ServerSection
+    """A vLLM server that serves `scorer.model`."""
     adapters: str
     """Folder of this run's own, seen by trainer and server under the same path, through which the weights go."""
 
@@ -340,12 +359,17 @@ class OptimizerSection(Section):
     name: str = "adamw"
     """adamw, muon (for the matrices of blocks), or if installed: adamw8bit (bitsandbytes), prodigy (prodigyopt)."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-4
+    """Learning rate, at the end of the warm-up (ours)."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's two running means (torch's defaults)."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled, as in AdamW."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the denominator of AdamW's update (torch's default)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """diffusers' `get_scheduler`."""
+    """After the warm-up the learning rate stays, or falls to 0 by the last step (diffusers' `get_scheduler`)."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps over which the learning rate rises from 0."""
 
 
 class TrainSection(Section):
@@ -358,13 +382,18 @@ class TrainSection(Section):
     accumulation: Positive = 1
     """Micro-batches a process splits its share into."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic: `bf16` is autocast to bfloat16, beside which what is trained stays float32."""
     seed: int = 0
+    """Of everything that the training draws: order, noise, adapters' start."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """Norm to which each optimiser step's gradient is clipped (ours)."""
     max_consecutive_skips: Annotated[int, Field(ge=0)] = 5
     """Optimiser steps in a row that may be skipped for non-finite values."""
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Exponential moving average over the trained tensors; exported instead of them when given."""
     gradient_checkpointing: bool = False
+    """Recompute activations on the way back, of the trained modules and of the decoder that a reward's gradient goes
+    through: less memory, more time."""
     shard: bool = False
     """Split the trained modules' parameters, gradients and optimiser state over all processes (FSDP2)."""
     compile: bool = False
@@ -390,42 +419,61 @@ class CheckpointSection(Section):
     """When to save, and how much to keep."""
 
     every: Positive = 100
+    """Optimiser steps between checkpoints; the last step always has one (ours)."""
     keep: Positive = 2
+    """How many of the newest stay on disk (ours)."""
 
 
 class TrackSection(Section):
     """Where numbers go beside metrics.jsonl."""
 
     wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases: nothing, files in the run folder that `wandb sync` sends later, or live."""
     project: str = "rewardtune"
+    """Its project in wandb."""
     tensorboard: bool = False
+    """Write TensorBoard's files into the run folder's `tensorboard/`; needs the extra `tensorboard`."""
 
 
 class SampleSection(Section):
     """Fixed prompts and seeds drawn over time."""
 
     prompts: list[str] = []
+    """One image each, in one picture: `samples/step-*.png` of the run folder. None are drawn when empty."""
     seed: int = 0
+    """Of the images' noise."""
     every: Positive = 100
+    """Optimiser steps between pictures (ours); start and end are always drawn."""
     steps: Positive = 20
+    """Denoising steps (ours)."""
     guidance_scale: Annotated[float, Field(ge=0.0)] = 4.0
+    """Classifier-free guidance, in the meaning of the family's own pipeline (ours)."""
     embedded_guidance: Annotated[float, Field(ge=0.0)] | None = None
+    """Guidance that a distilled denoiser takes as an input; the family's own default when left out."""
 
 
 class CompareSection(Section):
     """What `rewardtune compare` uses for this recipe when the command line names nothing else."""
 
     prompts: str | None = None
+    """Prompts to compare on, as `data.prompts`, and not those trained on; `--prompts` when left out."""
     num_prompts: Positive | None = None
     """Use only the first so many prompts of the file."""
     seeds: Positive = 2
     """Images of each prompt; diversity needs two."""
     rewards: list[RewardSection] = []
+    """The panel that scores every side, beside what the sides were trained on."""
     judge: str | None = None
+    """Whose verdict the headline is: a reward's name, or NAME:option=value. When left out: the panel's first that says
+    it is held out and that no side was trained on, else its first not trained on."""
     steps: Positive = 20
+    """Denoising steps (ours)."""
     guidance_scale: Annotated[float, Field(ge=0.0)] = 4.0
+    """Classifier-free guidance, in the meaning of the family's own pipeline (ours)."""
     embedded_guidance: Annotated[float, Field(ge=0.0)] | None = None
+    """Guidance that a distilled denoiser takes as an input; the family's own default when left out."""
     batch_size: Positive = 4
+    """Images drawn at a time (ours)."""
 
 
 class _Recipe(Section):
@@ -451,7 +499,9 @@ class SftRecipe(_Recipe):
     task: Literal["sft"]
     pipeline: PipelineSection
     lora: LoraSection | None = None
+    """Train adapters: this or `full`, one of them."""
     full: FullSection | None = None
+    """Train whole modules: this or `lora`, one of them."""
     data: CaptionedImageSection
     density: Literal["uniform", "logit-normal", "mode"] = "logit-normal"
     """Timestep density (Stable Diffusion 3, arXiv 2403.03206, section 3.1)."""
@@ -470,11 +520,16 @@ class DirectRewardRecipe(_Recipe):
     task: Literal["direct_reward"]
     pipeline: PipelineSection
     lora: LoraSection | None = None
+    """Train adapters: this or `full`, one of them."""
     full: FullSection | None = None
+    """Train whole modules: this or `lora`, one of them."""
     data: PromptSection
+    """Prompts to draw images of."""
     rollout: RolloutSection = RolloutSection()
     gradient: GradientSection
+    """How far back, and along which path, the reward's gradient goes (docs/gradients.md)."""
     rewards: Annotated[list[RewardSection], Field(min_length=1)]
+    """What is maximised: one reward or several."""
     balance: Literal["value", "gradient"] = "value"
     """How several rewards' weights are meant: of their values, each divided by its card's scale; or of their gradients
     at the image, each divided by its norm over the batch, which every micro-batch estimates from its own images: no
