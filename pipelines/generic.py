@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from functools import cache, cached_property, wraps
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,13 @@ from pydantic import Field
 
 from rewardtune.diffusion import pipeline_source
 from rewardtune.diffusion.schedulers import fresh
+from rewardtune.diffusion.watched_call import WatchedCall, replaced, seeded
 from rewardtune.errors import RecipeError
 from rewardtune.plugins import Guidance, Options
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
 _NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "output_type", "return_dict")
 _VIDEO = ("num_frames", "video", "video_length", "num_videos_per_prompt", "frames")
@@ -178,11 +179,11 @@ class Generic:
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in denoiser.parameters())
         # a scheduler of its own: what one keeps from an earlier call must not reach this one
         with ExitStack() as stack:
-            stack.enter_context(_replaced(self.pipe, "scheduler", fresh(self.scheduler)))
+            stack.enter_context(replaced(self.pipe, "scheduler", fresh(self.scheduler)))
             for name, part in () if guided else self._guiders().items():
-                stack.enter_context(_replaced(self.pipe, name, part.new(enabled=False)))
+                stack.enter_context(replaced(self.pipe, name, part.new(enabled=False)))
             self.pipe._num_timesteps = None  # an earlier call's
-            steps = _Steps(self.pipe, gradient_steps, recompute=recompute)
+            steps = WatchedCall(self.pipe, gradient_steps, recompute=recompute, refusal=self._refusal)
             with steps.watched(denoiser) if trained else nullcontext():
                 images = self._run(arguments)
             if trained:
@@ -195,7 +196,7 @@ class Generic:
         given = arguments["generator"]
         seed = (given[0] if isinstance(given, list) else given).initial_seed()
         try:
-            with _seeded(seed, self.pipe._execution_device):
+            with seeded(seed, self.pipe._execution_device):
                 images = self._function(self.pipe, **arguments)[0]
         except (RecipeError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
@@ -309,104 +310,7 @@ class Generic:
         return (side * factor, side * factor) if isinstance(side, int) else (1024, 1024)
 
     def _refusal(self, what: str) -> RecipeError:
-        return _refusal(self.pipe, what)
-
-
-class _Steps:
-    """Follows one call: tells its steps apart, lets the chosen ones record gradient, and notices where it is lost."""
-
-    def __init__(self, pipe: Any, gradient_steps: Callable[[int], range], *, recompute: bool) -> None:
-        """pipe: with the scheduler that this call has for itself."""
-        self._pipe, self._gradient_steps, self._recompute = pipe, gradient_steps, recompute
-        self._taken = 0
-
-    @contextmanager
-    def watched(self, denoiser: nn.Module) -> Iterator[None]:
-        """Inside, `scheduler.step` counts, and denoiser and decoder record as the step wants it."""
-        scheduler, vae = self._pipe.scheduler, getattr(self._pipe, "vae", None)
-        with ExitStack() as stack:
-            stack.enter_context(_replaced(scheduler, "step", self._counted(scheduler.step)))
-            stack.enter_context(_replaced(denoiser, "forward", self._recorded(denoiser)))
-            if vae is not None:
-                # recomputing the decoder keeps its graph away while the reward's lives, and the other way round
-                stack.enter_context(_replaced(vae, "decode", self._recomputed(vae.decode)))
-            yield
-
-    def check(self, images: Tensor) -> None:
-        """Raise RecipeError where the call took other steps than it was to take, or its image has no graph."""
-        if self._taken != self._total:
-            raise _refusal(
-                self._pipe,
-                f"takes {self._taken} steps where its scheduler has {self._total}, so it cannot be told which are the "
-                "last",
-            )
-        if self._chosen and not images.requires_grad:
-            raise _refusal(
-                self._pipe,
-                "leaves the graph between its last step and the image (it decodes without gradient, or detaches), so "
-                "there is nothing to train on",
-            )
-
-    @property
-    def _total(self) -> int:
-        """The steps of this call: as it notes them before the first, for it may leave some of the scheduler's out."""
-        noted: int | None = getattr(self._pipe, "_num_timesteps", None)
-        return len(self._pipe.scheduler.timesteps) if noted is None else noted
-
-    @cached_property
-    def _chosen(self) -> range:
-        return self._gradient_steps(self._total)
-
-    def _counted(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(step)  # pipelines ask for its signature
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self._taken += 1
-            return step(*args, **kwargs)
-
-        return counted
-
-    def _recorded(self, denoiser: Any) -> Callable[..., Any]:
-        import torch
-
-        forward: Callable[..., Any] = denoiser.forward
-
-        @wraps(forward)
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            chosen = self._chosen
-            if self._taken not in chosen:
-                with torch.no_grad():
-                    return forward(*args, **kwargs)
-            if self._taken > chosen.start and not any(t.requires_grad for t in _tensors((args, kwargs))):
-                raise _refusal(
-                    self._pipe,
-                    "leaves the graph between its steps (it detaches its latents, or its scheduler does), so only the "
-                    "last one would be trained",
-                )
-            if not self._recompute:
-                return forward(*args, **kwargs)
-            return self._recomputed(_with_its_processors(denoiser, forward))(*args, **kwargs)
-
-        return recorded
-
-    def _recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        from torch.utils.checkpoint import checkpoint
-
-        @wraps(function)
-        def recomputed(*args: Any, **kwargs: Any) -> Any:
-            # torch looks after positional tensors only
-            versions = [t._version for t in _tensors((args, kwargs))]
-
-            def run(*args: Any, **kwargs: Any) -> Any:
-                if [t._version for t in _tensors((args, kwargs))] != versions:
-                    raise _refusal(
-                        self._pipe,
-                        "changes tensors in place, so its steps cannot be run again; write gradient.memory: fast",
-                    )
-                return function(*args, **kwargs)
-
-            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-        return recomputed
+        return RecipeError(f"pipeline.family generic: {type(self.pipe).__name__} {what.rstrip('.')}.")
 
 
 def _no_text_to_image(call: Collection[str], parts: Collection[str], *, listed: bool) -> str | None:
@@ -437,73 +341,3 @@ def _check_packages(name: Any) -> None:
     family: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     if hasattr(family, "_backends"):
         family.from_config()
-
-
-def _refusal(pipe: Any, what: str) -> RecipeError:
-    return RecipeError(f"pipeline.family generic: {type(pipe).__name__} {what.rstrip('.')}.")
-
-
-def _with_its_processors(denoiser: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` with the attention processors of now, whenever it is run.
-
-    Some calls put others in and take them out at their end (perturbed-attention guidance): a step that is run again on
-    the way back would be another function.
-    """
-    processors = getattr(denoiser, "attn_processors", None)
-    if processors is None:
-        return forward
-
-    @wraps(forward)
-    def same(*args: Any, **kwargs: Any) -> Any:
-        before = denoiser.attn_processors
-        if all(before.get(name) is processor for name, processor in processors.items()):
-            return forward(*args, **kwargs)
-        denoiser.set_attn_processor(dict(processors))  # takes out of the dict what it has put in
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            denoiser.set_attn_processor(dict(before))
-
-    return same
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors among a call's arguments, and in their lists and dicts."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple | Mapping):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, torch's own generators start from `seed`; afterwards they go on as if nothing had been drawn.
-
-    Some calls draw from them, beside the generators that they are given: for a scheduler's noise, to rewrite a prompt.
-    """
-    import torch
-
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.default_generator.manual_seed(seed)
-        for one in cuda:
-            with torch.cuda.device(one):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _replaced(thing: Any, name: str, value: Any) -> Iterator[None]:
-    """Inside, `thing` has another attribute; methods are put over the class's own."""
-    before = vars(thing).get(name)
-    setattr(thing, name, value)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(thing, name)
-        else:
-            setattr(thing, name, before)
