@@ -1,14 +1,15 @@
 """Reward gradients against a policy gradient on the pocket pipeline: images and seconds to the same held-out gain.
 
     python dev/bench/policy_gradient.py time      # seconds of a step, on an idle machine
-    python dev/bench/policy_gradient.py sweep     # seed 0, the same learning rates for both arms
+    python dev/bench/policy_gradient.py sweep     # seed 0, the same learning rates for both arms, half of the steps
     python dev/bench/policy_gradient.py run       # seeds 1 to 5 at each arm's best rate
     python dev/bench/policy_gradient.py report    # policy_gradient.json beside this file
 
 Arms: the demo's recipe (DRaFT through all steps), and Flow-GRPO (arXiv 2505.05470) written for this bench: same start,
 adapters, optimiser, prompts, reward and number of sampling steps; the stochastic sampler of its Eq. 9, groups of eight,
 advantages standardised in the group, one update a batch (so that the clipped ratio is 1), no KL term. Its last step is
-drawn without noise, since four steps would otherwise leave some in the picture. The held-out gain is what
+drawn without noise, since four steps would otherwise leave some in the picture. Rates are constant, so that a curve is
+the same whatever its budget. The held-out gain is what
 `pocket-oracle` says of 64 validation prompts more than of the start. The seed that a rate is picked on is not among
 those that are measured. Runs go on beside each other, a thread each, so their seconds are steps times the median step
 of a short run on all cores, without looks. Finished runs are kept in build/policy-gradient.
@@ -52,8 +53,10 @@ GROUP, NOISE, CLIP, ADVANTAGE_EPSILON = 8, 0.7, 1e-4, 1e-4
 """Images a prompt, the sampler's noise level, range of the ratio: as in the paper's settings; the last one ours."""
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 PICKED_ON, SEEDS = 0, range(1, 6)
-BUDGET = {"draft": (100, 8), "flow-grpo": (167, 48)}
-"""Optimiser steps and images a step: 800 images, and ten times as many."""
+BUDGET = {"draft": (100, 8), "flow-grpo": (100, 48)}
+"""Optimiser steps and images a step: 800 images, and six times as many."""
+SWEPT = 0.5
+"""Share of the steps that the sweep takes."""
 LOOK_EVERY = {"draft": 10, "flow-grpo": 4}
 """Optimiser steps: 80 images, and 192, so that the arm with the larger budget has looks within the smaller one."""
 TIMED, WARM = 6, 2
@@ -139,7 +142,8 @@ def train(arm: str, rate: float, seed: int, steps: int | None = None) -> Path:
         return folder
     budget, images = BUDGET[arm]
     overrides = {
-        "train.steps": steps or budget, "train.batch_size": images, "train.seed": seed, "optimizer.lr": rate,
+        "train.steps": steps or round(budget * (SWEPT if seed == PICKED_ON else 1)), "train.batch_size": images,
+        "train.seed": seed, "optimizer.lr": rate, "optimizer.schedule": "constant",
         "guard": {"prompts": "pocket:prompts/validation", "num_prompts": 64, "seeds": 1, "action": "warn",
                   "rewards": [{"name": "pocket-oracle"}], "every": LOOK_EVERY[arm], "steps": 4,
                   "guidance_scale": 2.0, "batch_size": 32, "min_diversity": None},
