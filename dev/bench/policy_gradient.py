@@ -9,10 +9,10 @@ Arms: the demo's recipe (DRaFT through all steps), and Flow-GRPO (arXiv 2505.054
 adapters, optimiser, prompts, reward and number of sampling steps; the stochastic sampler of its Eq. 9, groups of eight,
 advantages standardised in the group, one update a batch (so that the clipped ratio is 1), no KL term. Its last step is
 drawn without noise, since four steps would otherwise leave some in the picture. Rates are constant, so that a curve is
-the same whatever its budget. The held-out gain is what
-`pocket-oracle` says of 64 validation prompts more than of the start. The seed that a rate is picked on is not among
-those that are measured. Runs go on beside each other, a thread each, so their seconds are steps times the median step
-of a short run on all cores, without looks. Finished runs are kept in build/policy-gradient.
+the same whatever its budget. The held-out gain is what `pocket-oracle` says of 64 validation prompts more than of the
+start. The seed that a rate is picked on is not among those that are measured. Runs go on beside each other, a thread
+each, so their seconds are steps times the median step of a short run on all cores, without looks. Finished runs are
+kept in build/policy-gradient.
 
 Reported: gains at equal images and at equal seconds, and how many times the images and the seconds Flow-GRPO takes to
 the same gain. Where it does not get there within its budget, that is a lower bound: more than so many times.
