@@ -8,6 +8,7 @@ nothing.
 from __future__ import annotations
 
 import inspect
+import re
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -26,13 +27,15 @@ from rewardtune.plugins import Guidance, Options
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 _NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "output_type", "return_dict")
 _VIDEO = ("num_frames", "video", "video_length", "num_videos_per_prompt", "frames")
 _START = ("strength", "mask_image", "control_image", "control_guidance_start", "controlnet_conditioning_scale")
 _PICTURES = ("image", "images", "input_images", "reference_image")
 _EMBEDDED = ("distilled_guidance_scale", "guidance_scale")
+_USUAL = ("to_q", "to_k", "to_v", "to_out.0")
+_ATTENTION = re.compile(r"Att(ention|n)(?!.*Pool)")
 _OURS = {*_NEEDED, *_EMBEDDED, "true_cfg_scale", "negative_prompt", "num_images_per_prompt", "latents"}
 
 
@@ -110,9 +113,7 @@ class Generic:
         self.size_multiple = factor or getattr(pipe, "vae_scale_factor", 1)
         module = getattr(pipe, self.denoiser)
         self.trainable = {self.denoiser: module}
-        usual = ("to_q", "to_k", "to_v", "to_out.0")
-        there = [n for n in usual if any(path.endswith(f".{n}") for path, _ in module.named_modules())]
-        self.lora_targets = {self.denoiser: there or list(usual)}
+        self.lora_targets = {self.denoiser: _attention_layers(module)}
 
     def call(self, guidance: Guidance) -> dict[str, Any]:
         if guidance.mode == "detached-negative":
@@ -332,6 +333,26 @@ def _no_text_to_image(call: Collection[str], parts: Collection[str], *, listed: 
     if not {"transformer", "unet"} & set(parts) or "scheduler" not in parts:
         return "has no transformer or unet with a scheduler, so its steps cannot be told apart"
     return None
+
+
+def _attention_layers(denoiser: nn.Module) -> list[str]:
+    """Names of the layers that get adapters: diffusers' usual four, or where one is called otherwise, what is linear in
+    the parts that are called attentions."""
+    from torch import nn
+
+    def named(name: str) -> list[nn.Module]:
+        return [part for path, part in denoiser.named_modules() if f".{path}".endswith(f".{name}")]
+
+    if all(named(name) for name in _USUAL):
+        return list(_USUAL)
+    attentions = [part for part in denoiser.modules() if _ATTENTION.search(type(part).__name__)]
+    names = dict.fromkeys(name for part in attentions for name, _ in part.named_modules())
+    found = [
+        # deeper lies what belongs to blocks that are called after the attentions in them
+        name for name in names if name and name.count(".") < 2
+        and all(isinstance(part, nn.Linear) for part in named(name))  # a name that is a block's, too, is refused
+    ]  # fmt: skip
+    return found or list(_USUAL)
 
 
 def _check_packages(name: Any) -> None:

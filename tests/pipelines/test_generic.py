@@ -792,6 +792,39 @@ def test_adapters_go_through_peft_where_diffusers_loader_is_not_for_the_denoiser
     assert torch.equal(roll_out(fresh, OFF), before)
 
 
+def kandinsky_5():
+    return diffusers.Kandinsky5Transformer3DModel(
+        in_visual_dim=4, in_text_dim=16, in_text_dim2=16, time_dim=16, out_visual_dim=4, patch_size=(1, 2, 2),
+        model_dim=16, ff_dim=16, num_text_blocks=1, num_visual_blocks=1, axes_dims=(2, 2, 4),
+    )  # fmt: skip
+
+
+def prx():
+    return diffusers.PRXTransformer2DModel(
+        in_channels=4, patch_size=2, context_in_dim=16, hidden_size=16, num_heads=2, depth=1, axes_dim=[4, 4]
+    )
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "targets"),
+    [
+        (lambda: tiny.z_image().transformer, ["to_q", "to_k", "to_v", "to_out.0"]),
+        (lambda: deep_floyd().unet, ["to_q", "add_k_proj", "add_v_proj", "to_out.0"]),
+        (prx, ["img_qkv_proj", "txt_kv_proj", "to_out.0"]),
+        (kandinsky_5, ["to_query", "to_key", "to_value"]),  # its out_layer is the name of the last block, too
+    ],
+    ids=["the usual", "IF", "PRX", "Kandinsky 5"],
+)
+def test_adapters_go_to_the_attentions_whatever_their_layers_are_called(denoiser, targets):
+    pipe = stable_diffusion()
+    pipe.unet = denoiser()
+    adapter = Generic(pipe)
+    assert adapter.lora_targets == {"unet": targets}
+    lora.attach(adapter.trainable, rank=2, targets=adapter.lora_targets)
+    trained = {name.partition(".lora_A")[0] for name, p in pipe.unet.named_parameters() if "lora_A" in name}
+    assert all(any(path.endswith(f".{name}") for path in trained) for name in targets)
+
+
 def test_pipelines_within_a_pipeline_are_refused():
     pipe = stable_diffusion()
     pipe.decoder_pipe = stable_diffusion()
