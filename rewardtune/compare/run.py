@@ -43,6 +43,11 @@ class Report:
         """The verdict in a few sentences, safe for a terminal."""
         return plain(self.document["headline"])
 
+    @property
+    def warnings(self) -> list[str]:
+        """What to know before believing the headline, safe for a terminal; a sentence or two each."""
+        return [plain(warning) for warning in self.document["warnings"]]
+
     def require(self, net: float) -> None:
         """Raises CheckFailed when the first pair's net win rate is below `net`, RecipeError without a verdict."""
         pair = next(iter(self.document["pairs"]), None)

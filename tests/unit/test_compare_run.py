@@ -259,6 +259,19 @@ def test_fail_under_prints_the_document_and_then_leaves_with_1(world: Path, repo
         report.require(net + 0.01)
 
 
+def test_warnings_stand_beside_the_headline_in_the_terminal(world: Path, report: Any) -> None:
+    few = "Only 3 different prompts: intervals are wide. Use 50 or more."
+    assert few in report.warnings
+    words = ["compare", "base", str(world / "runs" / "demo")]
+    said = CliRunner().invoke(app, words)
+    warned = [f"warning: {warning}" for warning in report.warnings]
+    assert said.stdout.splitlines() == [report.headline, *warned, str(report.page)]
+    assert "warning:" not in said.stderr
+    as_json = CliRunner().invoke(app, [*words, "--json"])
+    assert json.loads(as_json.stdout) == report.document, "nothing beside the document"
+    assert [line for line in as_json.stderr.splitlines() if line.startswith("warning:")] == warned
+
+
 def test_sides_are_recognised(world: Path, tmp_path: Path) -> None:
     run = world / "runs" / "demo"
     lora = tmp_path / "my lora"
