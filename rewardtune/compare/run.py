@@ -6,7 +6,9 @@ Sampling, scoring, numbers and page each leave files in the output folder, and e
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from rewardtune.pages.files import plain, write_bytes
 from rewardtune.recipe.rewards import RewardSection
 from rewardtune.recipe.sections import CompareSection
 from rewardtune.scoring.score import best_device, parse_spec, parse_specs
+from rewardtune.training.run_folder import lock
 from rewardtune.types import Prompt
 
 FILE = "compare.json"
@@ -97,14 +100,25 @@ def compare(
     device = device or (recipe.train.device if recipe is not None else None) or best_device()
     names = [side.name for side in chosen]
 
-    script = Path(__file__).with_name("reproduce.py")
-    write_bytes(folder / script.name, script.read_bytes())
-    sample_sides(chosen, plan, folder, device=device)
-    scored = score_sides(names, plan, folder, panel=panel, device=device)
-    diversity = measure_diversity(names, plan, folder)
-    identity = report_id(names, plan, folder)
-    document = summarise(chosen, plan, scored, diversity, judge=panel.judge, report=identity)
-    return _finish(folder, document, scored, plan, votes)
+    with _locked(folder):
+        script = Path(__file__).with_name("reproduce.py")
+        write_bytes(folder / script.name, script.read_bytes())
+        sample_sides(chosen, plan, folder, device=device)
+        scored = score_sides(names, plan, folder, panel=panel, device=device)
+        diversity = measure_diversity(names, plan, folder)
+        identity = report_id(names, plan, folder)
+        document = summarise(chosen, plan, scored, diversity, judge=panel.judge, report=identity)
+        return _finish(folder, document, scored, plan, votes)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Create the folder and hold its lock: of two comparisons in it, each would remove the other's images."""
+    descriptor = lock(folder, "rewardtune compare")
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _finish(
@@ -128,6 +142,14 @@ def _merge(folder: Path | None, votes: Sequence[str | Path]) -> Report:
             "compare needs sides, e.g. `rewardtune compare base runs/demo`; or, to merge votes into a finished report, "
             "`rewardtune compare --votes votes-*.json --out runs/demo/compare`."
         )
+    # a folder without a report gets no lock file: nothing is begun in it
+    with _locked(folder) if (folder / FILE).is_file() else nullcontext():
+        document, plan = _read(folder)
+        return _finish(folder, document, read_scores(folder), plan, votes)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], Plan]:
+    """What a finished comparison left in `folder`."""
     try:
         document: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
         sampling, texts = document["sampling"], document["prompt_texts"]
@@ -142,7 +164,7 @@ def _merge(folder: Path | None, votes: Sequence[str | Path]) -> Report:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / FILE}: there is no finished comparison here to add votes to ({error}).") from error
-    return _finish(folder, document, read_scores(folder), plan, votes)
+    return document, plan
 
 
 def _panel(

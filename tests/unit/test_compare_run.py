@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from rewardtune.compare.sides import reference_side, resolve_sides
 from rewardtune.errors import CheckFailed, DataError, DiskError, RecipeError
 from rewardtune.plugins import Options, RewardCard
 from rewardtune.recipe.rewards import RewardSection
+from rewardtune.training.run_folder import lock
 from rewardtune.types import Score
 
 
@@ -156,7 +158,7 @@ def test_everything_is_where_the_contract_says(world: Path, report: Any) -> None
     folder = world / "runs" / "demo" / "compare"
     assert report.folder == folder
     assert sorted(p.name for p in folder.iterdir()) == sorted(
-        ["compare.json", "images", "report.html", "reproduce.py", "samples.csv", "scores.json"]
+        [".lock", "compare.json", "images", "report.html", "reproduce.py", "samples.csv", "scores.json"]
     )
     document = json.loads((folder / "compare.json").read_text())
     assert document == report.document
@@ -349,6 +351,21 @@ def test_mistakes_cost_no_image(world: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DiskError, match="cannot be written"):
         compare(sides, out=tmp_path / "file")
+
+
+def test_a_second_comparison_in_the_folder_is_refused_and_told_by_whom(world: Path, tmp_path: Path) -> None:
+    sides = ["base", world / "runs" / "demo"]
+    descriptor = lock(tmp_path, "rewardtune compare")
+    said = rf"in use by `rewardtune compare` \(process {os.getpid()} on .*Wait until .* --out"
+    with pytest.raises(RecipeError, match=said):
+        compare(sides, out=tmp_path)
+    (tmp_path / "compare.json").write_text("{}")
+    with pytest.raises(RecipeError, match=said):
+        compare(out=tmp_path, votes=["a.json"])
+    assert not (tmp_path / "images").exists()
+    os.close(descriptor)
+    assert compare(sides, out=tmp_path, num_prompts=1, seeds=1).page.exists(), "the lock goes with its holder"
+    os.close(lock(tmp_path))
 
 
 def test_choice_of_rewards_and_judge() -> None:
