@@ -16,7 +16,7 @@ from typing import Any
 from rewardtune.compare.page import write_page
 from rewardtune.compare.report import add_votes, measure_diversity, report_id, summarise
 from rewardtune.compare.sampling import Plan, sample_sides
-from rewardtune.compare.scores import Panel, Scored, choose_rewards, read_scores, score_sides
+from rewardtune.compare.scores import Panel, Scored, choose_rewards, read_scores, require_rewards, score_sides
 from rewardtune.compare.sides import Side, first_recipe, resolve_sides
 from rewardtune.compare.votes import read_votes
 from rewardtune.errors import CheckFailed, DataError, RecipeError
@@ -99,6 +99,7 @@ def compare(
     folder = Path(out) if out is not None else _folder(chosen)
     device = device or (recipe.train.device if recipe is not None else None) or best_device()
     names = [side.name for side in chosen]
+    require_rewards(panel, device=device)
 
     with _locked(folder):
         script = Path(__file__).with_name("reproduce.py")

@@ -22,9 +22,9 @@ from rewardtune import registry
 from rewardtune.cli.app import app
 from rewardtune.compare.run import compare
 from rewardtune.compare.sampling import image_seed
-from rewardtune.compare.scores import choose_rewards, tie_bands
+from rewardtune.compare.scores import choose_rewards, require_rewards, tie_bands
 from rewardtune.compare.sides import reference_side, resolve_sides
-from rewardtune.errors import CheckFailed, DataError, DiskError, RecipeError
+from rewardtune.errors import CheckFailed, DataError, DiskError, RecipeError, RewardTuneError
 from rewardtune.plugins import Options, RewardCard
 from rewardtune.recipe.rewards import RewardSection
 from rewardtune.training.run_folder import lock
@@ -366,6 +366,68 @@ def test_a_second_comparison_in_the_folder_is_refused_and_told_by_whom(world: Pa
     os.close(descriptor)
     assert compare(sides, out=tmp_path, num_prompts=1, seeds=1).page.exists(), "the lock goes with its holder"
     os.close(lock(tmp_path))
+
+
+def test_a_judge_that_cannot_be_loaded_costs_no_image(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi, constants
+
+    def judged_by(judge: str) -> Any:
+        return compare(["base", world / "runs" / "demo"], out=tmp_path / "out", judge=judge)
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(RecipeError, match=r"'hpsv3': the weights of checkpoint 'MizzenAI/HPSv3' are not.*OFFLINE is"):
+        judged_by("hpsv3")
+    with pytest.raises(RecipeError, match=r"reward 'zreward': .*no such folder"):
+        judged_by("zreward:checkpoint=./nowhere")
+    monkeypatch.setenv("REWARDTUNE_TOKEN", "a" * 64)
+    with pytest.raises(RewardTuneError, match=r"http://127\.0\.0\.1:9"):
+        judged_by("remote:url=http://127.0.0.1:9,retries=0")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+
+    def unreachable(*given: Any, **named: Any) -> None:
+        raise ConnectionError("no route to it")
+
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    with pytest.raises(RecipeError, match=r"tokenizer 'bert-base/x' .* cannot be fetched from the hub: no route"):
+        judged_by(f"imagereward:checkpoint={world / 'prompts.txt'},tokenizer=bert-base/x")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_here_or_at_the_hub_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi, constants
+
+    asked = []
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+    monkeypatch.setattr(HfApi, "model_info", lambda self, name, **named: asked.append((name, named["revision"])))
+
+    def look(name: str, **options: Any) -> None:
+        require_rewards(choose_rewards([RewardSection(name=name, options=options)], [], None), device="cpu")
+
+    models = dict(registry.rewards.card("hpsv3").models)
+    look("hpsv3")
+    assert asked == list(models.items()), "what the cache lacks is asked for, with its commit"
+    for model, commit in models.items():
+        snapshot = tmp_path / f"models--{model.replace('/', '--')}" / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "a file").touch()
+    look("hpsv3")
+    look("hpsv3", checkpoint=str(tmp_path))
+    look("zreward")
+    look("run-red")
+    assert len(asked) == 2
+    look("hpsv3", checkpoint="owner/name", revision="v2")
+    assert asked[2:] == [("owner/name", "v2")]
+    (branch := tmp_path / "models--owner--name" / "refs" / "v2").parent.mkdir(parents=True)
+    branch.write_text("a" * 40)
+    (branch.parents[1] / "snapshots" / ("a" * 40) / "model").mkdir(parents=True)
+    look("hpsv3", checkpoint="owner/name", revision="v2")
+    assert len(asked) == 3, "a branch leads to its commit"
 
 
 def test_choice_of_rewards_and_judge() -> None:
