@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rewardtune.compare.report import HUMAN, count_words, judge_verdicts, pairs_of, percent, verdict_words
+from rewardtune.compare.report import HUMAN, count_words, judge_verdicts, pairs_of, percent, signed, verdict_words
 from rewardtune.compare.sampling import Plan, image_file, image_seed
 from rewardtune.compare.scores import Scored
 from rewardtune.data.images import open_image
@@ -41,7 +41,7 @@ def render(folder: Path, document: Mapping[str, Any], scored: Sequence[Scored], 
         "human": HUMAN,
     }
     script = (_HERE / "report.js").read_text(encoding="utf-8")
-    filters = {"percent": percent, "p_value": p_value}
+    filters = {"percent": percent, "signed": signed, "p_value": p_value}
     return render_page(_HERE / "report.html.j2", values, script=script, filters=filters)
 
 

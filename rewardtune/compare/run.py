@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rewardtune.compare.page import write_page
-from rewardtune.compare.report import add_votes, measure_diversity, report_id, summarise
+from rewardtune.compare.report import add_votes, measure_diversity, report_id, signed, summarise
 from rewardtune.compare.sampling import Plan, sample_sides
 from rewardtune.compare.scores import Panel, Scored, choose_rewards, read_scores, require_rewards, score_sides
 from rewardtune.compare.sides import Side, first_recipe, resolve_sides
@@ -58,8 +58,8 @@ class Report:
             raise RecipeError("--fail-under needs a judge: this report has no verdict.")
         if pair["net"] < net:
             raise CheckFailed(
-                f"net win rate of {pair['a']} over {pair['b']} is {pair['net']:+.3f}, below --fail-under {net:+.3f} "
-                f"({self.page})."
+                f"net win rate of {pair['a']} over {pair['b']} is {signed(pair['net'])}, below "
+                f"--fail-under {signed(net)} ({self.page})."
             )
 
 

@@ -22,10 +22,11 @@ import tiny_comparison as tiny
 from PIL import Image
 
 from rewardtune.compare.page import bars, render
-from rewardtune.compare.report import headline, pairs_of
+from rewardtune.compare.report import headline, pairs_of, percent, signed
 from rewardtune.compare.scores import samples_csv
 from rewardtune.errors import DiskError
 from rewardtune.pages.files import csv_cell, plain, write_bytes
+from rewardtune.pages.html import number
 from rewardtune.recipe.sections import DirectRewardRecipe
 
 PAYLOADS = [
@@ -116,6 +117,20 @@ def test_lower_is_better_turns_the_verdict(tmp_path: Path) -> None:
     assert document["pairs"][0]["net"] == 1.0
     assert "tuned is better than base." in html
     assert "▲ -0.800" in html
+
+
+def test_what_rounds_to_zero_has_no_sign(tmp_path: Path) -> None:
+    def rewards(count: int, names: list[str]) -> list[Any]:
+        # the last image alone differs, by less than is shown
+        rest = [0.0] * (count - 1)
+        return [tiny.scalar("oracle", {"base": [*rest, 0.0], "tuned": [*rest, -0.0004]})]
+
+    _, html = build(tmp_path, rewards=rewards)
+    assert "≈ 0.000" in html and ">tie 0.000<" in html, "the difference, and its verdict on an image"
+    shown = " ".join(text for where, text in Page(html).texts if where not in ("script", "style"))
+    assert not re.search(r"[-+]0\.0+(?!\d)", shown)
+    assert (signed(-0.0004), signed(0.0), signed(-0.0006), signed(0.5)) == ("0.000", "0.000", "-0.001", "+0.500")
+    assert (percent(-0.0004), number(-0.0004), number(-0.2)) == ("0.0 %", "0.000", "-0.200")
 
 
 def test_the_reference_is_base_wherever_it_stands(tmp_path: Path) -> None:
