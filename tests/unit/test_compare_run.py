@@ -300,6 +300,31 @@ def test_sides_are_recognised(world: Path, tmp_path: Path) -> None:
     assert (found.model, found.revision) == ("team/model", "v2")
 
 
+def test_sides_of_one_name_are_told_apart_by_what_differs(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def names(*sides: str) -> list[str]:
+        for side in sides:
+            folder = tmp_path / side.partition("@")[0]
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if not folder.exists() and side != "base":
+                folder.symlink_to(world / "runs" / "demo")
+        return [side.name for side in resolve_sides(sides)]
+
+    monkeypatch.chdir(tmp_path)
+    assert names("base", "a/run", "b/run", "b/run@0.5") == ["base", "a-run", "b-run", "b-run-0.5"]
+    assert names("b/run", "a/run", "other") == ["b-run", "a-run", "other"], "whatever the order"
+    assert names("lr 1/s0/run", "lr 1/s1/run") == ["s0-run", "s1-run"], "no more than is needed"
+    assert names("lr 1/s0/run", "lr 2/s0/run") == ["lr-1-s0-run", "lr-2-s0-run"]
+    assert names("base", "c/base") == ["base", "c-base"]
+    assert names("a/run", "a/run/export") == ["run", "run-2"], "nothing else differs"
+    sweep = "sweep-with-rank=16,seed={},guidance=4.5,steps=20,batch=8,and-so-on"
+    first, second, short = names(f"{sweep.format(3)}@0.5", sweep.format(4), "run")
+    assert first == "sweep-with-ra..k-16-seed-3-guidance-4.5-0.5" and short == "run"
+    assert second == "sweep-with-ra..k-16-seed-4-guidance-4.5" and len(second) <= 40
+    assert names(sweep.format(3), "run")[0] == "sweep-with-ra..teps-20-batch-8-and-so-on"
+
+
 def test_sides_that_cannot_be_compared(world: Path, tmp_path: Path) -> None:
     run = world / "runs" / "demo"
     scorer = {"task": "reward_sft", "scorer": {"model": "x/y"}, "data": {"records": "r"}, "train": {"steps": 1}}
