@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rewardtune import devices
 from rewardtune.compare.page import write_page
 from rewardtune.compare.report import add_votes, measure_diversity, report_id, signed, summarise
 from rewardtune.compare.sampling import Plan, sample_sides
@@ -97,7 +98,9 @@ def compare(
         raise RecipeError("--fail-under needs a judge: name one with --judge.")
     plan = _plan(defaults, prompts=prompts, seeds=seeds, num_prompts=num_prompts)
     folder = Path(out) if out is not None else _folder(chosen)
-    device = device or (recipe.train.device if recipe is not None else None) or best_device()
+    wanted = device or (recipe.train.device if recipe is not None else None)
+    key = "--device" if device else "train.device of the first run"
+    device = str(devices.find(wanted, key=key)) if wanted else best_device()
     names = [side.name for side in chosen]
     require_rewards(panel, device=device)
 
@@ -143,8 +146,12 @@ def _merge(folder: Path | None, votes: Sequence[str | Path]) -> Report:
             "compare needs sides, e.g. `rewardtune compare base runs/demo`; or, to merge votes into a finished report, "
             "`rewardtune compare --votes votes-*.json --out runs/demo/compare`."
         )
-    # a folder without a report gets no lock file: nothing is begun in it
-    with _locked(folder) if (folder / FILE).is_file() else nullcontext():
+    if not (folder / FILE).is_file():
+        raise DataError(
+            f"{folder}: there is no finished comparison here to add votes to ({FILE} is missing). Name the folder of "
+            "one with --out, or name its sides to finish it first."
+        )
+    with _locked(folder):
         document, plan = _read(folder)
         return _finish(folder, document, read_scores(folder), plan, votes)
 
@@ -164,7 +171,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], Plan]:
             size=tuple(sampling["size"]) if sampling["size"] else None,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / FILE}: there is no finished comparison here to add votes to ({error}).") from error
+        raise DataError(
+            f"{folder / FILE}: not the document of a finished comparison ({type(error).__name__}: {error}). Run the "
+            "comparison again with its sides."
+        ) from error
     return document, plan
 
 

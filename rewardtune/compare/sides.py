@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from rewardtune.data.references import PREFIX
+from rewardtune.data.references import PREFIX, pocket_path
 from rewardtune.diffusion import lora_files
 from rewardtune.errors import RecipeError
 from rewardtune.recipe.rewards import RewardSection
 from rewardtune.recipe.sections import DirectRewardRecipe, PipelineSection, Recipe, SftRecipe
 from rewardtune.recipe.suggest import closest
+from rewardtune.recipe.validate import check_files
 from rewardtune.training.run_folder import read_recipe
 
 BASE = "base"
@@ -28,7 +29,10 @@ LONGEST = 40
 """Characters of a side's name, without its scale: a column of a table. Ours."""
 Diffusion = SftRecipe | DirectRewardRecipe
 _LORA_FILES = (lora_files.DIFFUSERS, lora_files.PEFT)
-_GIVE = "Give `base`, the folder of a `rewardtune train --out`, an exported LoRA, or a pipeline."
+_GIVE = (
+    "Give `base`, the folder of a `rewardtune train --out`, an exported LoRA, or a pipeline "
+    "(a folder, or owner/name of the hub)."
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ def resolve_sides(given: Sequence[str | Path]) -> list[Side]:
             )
         # a plain pipeline that a run here started from is loaded with the same options as that run
         section = known.get(side.pipeline.model, side.pipeline) if side.recipe is None else side.pipeline
+        for mistake in check_files({"pipeline": section.model_dump(mode="json")}):
+            raise RecipeError(f"{side.given}: {mistake.message}")  # before another side has been drawn
         out.append(replace(side, pipeline=section))
     return [replace(side, name=name) for side, name in zip(out, _names(out), strict=True)]
 
@@ -136,15 +142,14 @@ def _scale(written: str, reference: str) -> float | Literal["linear"]:
 def _found(reference: str) -> Side:
     """A run folder, an exported LoRA, or a pipeline (folder, hub id, pocket: name)."""
     folder = Path(reference).expanduser()
-    if not folder.exists() and not reference.startswith(PREFIX) and folder.parent != Path() and folder.parent.is_dir():
-        # `runs/nothere` would pass for a hub id
-        there = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
-        guess = closest(folder.name, there)
-        raise RecipeError(f"{reference}: there is no such folder in {folder.parent}{guess or '.'} {_GIVE}")
-    if reference.startswith(PREFIX) or not folder.exists():
-        from rewardtune.data.references import resolve
-
-        resolve(reference)  # says what is wrong with a name that leads nowhere
+    if reference.startswith(PREFIX):
+        pocket_path(reference)  # says what ships, where this does not
+        return Side("", reference, PipelineSection(model=reference), known=False)
+    if not folder.exists():
+        # a hub id has two parts; `runs/nothere` beside other runs would pass for one
+        beside = folder.parent != Path() and folder.parent.is_dir()
+        if beside or reference.count("/") != 1 or reference.startswith((".", "~", "/")):
+            raise RecipeError(_nowhere(reference, folder))
         return Side("", reference, PipelineSection(model=reference), known=False)
     if (folder / "recipe.json").is_file():
         return _from_export(reference, folder / "export", read_run_recipe(folder))
@@ -158,6 +163,13 @@ def _found(reference: str) -> Side:
         f"{reference}: neither a run folder (recipe.json), nor an exported LoRA ({_LORA_FILES[0]}), nor a diffusers "
         f"pipeline (model_index.json). {_GIVE}"
     )
+
+
+def _nowhere(reference: str, folder: Path) -> str:
+    """What to say of a side that does not exist, however its name is written: where it was looked for, what to give."""
+    above = folder.parent if folder.parent != Path() else Path.cwd()
+    there = sorted(path.name for path in above.iterdir() if path.is_dir()) if above.is_dir() else []
+    return f"{reference}: there is no such folder in {above}{closest(folder.name, there) or '.'} {_GIVE}"
 
 
 def lora_file(folder: Path) -> Path | None:

@@ -350,6 +350,39 @@ def test_sides_that_cannot_be_compared(world: Path, tmp_path: Path) -> None:
             resolve_sides(sides)
 
 
+def test_a_side_that_is_not_there_is_told_alike_however_it_is_written(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world / "runs")
+    for side, where in (
+        ("dmo", world / "runs"), ("./dmo", world / "runs"), ("../runs/dmo", "../runs"), (str(world / "runs/dmo"), ""),
+        ("a/b/c", "a/b"),
+    ):  # fmt: skip
+        guess = "." if side == "a/b/c" else "; did you mean 'demo'?"
+        with pytest.raises(RecipeError) as told:
+            resolve_sides(["base", side])
+        assert str(told.value).startswith(f"{side}: there is no such folder in {where or world / 'runs'}{guess} Give")
+
+
+def test_a_pipeline_that_will_not_load_costs_no_image(world: Path, tmp_path: Path) -> None:
+    run = world / "runs" / "demo"
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "model_index.json").write_text("{")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "Other"}')
+    (moved := tmp_path / "moved" / "recipe.json").parent.mkdir()
+    moved.write_text((run / "recipe.json").read_text().replace(str(world / "pipeline"), "/nowhere/at/all"))
+    (moved.parent / "export").symlink_to(run / "export")
+    for side, message in (
+        ("torn", "torn: .*cannot be read"), ("other", "other is a Other"), ("moved", "moved: .*/nowhere/at/all.* no"),
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match=message):
+            resolve_sides([run, tmp_path / side])
+    with pytest.raises(RecipeError, match="--device 'cqu' is no device"):
+        compare(["base", run], device="cqu", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_mistyped_run_is_no_hub_id(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world)
     with pytest.raises(RecipeError, match="runs/dmo: there is no such folder in runs; did you mean 'demo'"):
