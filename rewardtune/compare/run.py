@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def compare(
     names = [side.name for side in chosen]
     require_rewards(panel, device=device)
 
-    with _locked(folder):
+    with _locked(folder), _told_what_is_kept(folder):
         script = Path(__file__).with_name("reproduce.py")
         write_bytes(folder / script.name, script.read_bytes())
         sample_sides(chosen, plan, folder, device=device)
@@ -123,6 +124,20 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _told_what_is_kept(folder: Path) -> Iterator[None]:
+    """An interruption that says what became of the images: whoever stops after an hour fears for them."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the progress line has no end yet
+        raise KeyboardInterrupt(
+            f"interrupted. The images drawn so far are kept in {folder / 'images'}, and the same command goes on "
+            "from there."
+        ) from None
 
 
 def _finish(

@@ -24,6 +24,7 @@ from rewardtune.compare.run import compare
 from rewardtune.compare.sampling import image_seed
 from rewardtune.compare.scores import choose_rewards, require_rewards, tie_bands
 from rewardtune.compare.sides import reference_side, resolve_sides
+from rewardtune.diffusion import rollout
 from rewardtune.errors import CheckFailed, DataError, DiskError, RecipeError, RewardTuneError
 from rewardtune.plugins import Options, RewardCard
 from rewardtune.recipe.rewards import RewardSection
@@ -486,6 +487,43 @@ def test_weights_that_are_here_or_at_the_hub_are_left_alone(tmp_path: Path, monk
     (branch.parents[1] / "snapshots" / ("a" * 40) / "model").mkdir(parents=True)
     look("hpsv3", checkpoint="owner/name", revision="v2")
     assert len(asked) == 3, "a branch leads to its commit"
+
+
+def test_an_interruption_keeps_what_was_drawn(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["compare", "base", str(world / "runs" / "demo"), "--out", str(tmp_path / "out")]
+    told = f"interrupted. The images drawn so far are kept in {tmp_path / 'out' / 'images'}, and the same command goes"
+
+    def interrupted() -> None:
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 130 and "Traceback" not in result.output
+        said = [line for line in result.stderr.splitlines() if line.startswith("error")]
+        assert said == [f"error: {told} on from there."]
+
+    def drawn() -> dict[Path, int]:
+        return {file: file.stat().st_mtime_ns for file in sorted((tmp_path / "out").glob("images/*/*.png"))}
+
+    draw = rollout.sample
+    batches = iter([draw, draw, draw])
+
+    def sample(*given: Any, **named: Any) -> Tensor:
+        for one in batches:
+            return one(*given, **named)
+        raise KeyboardInterrupt
+
+    def score(*given: Any) -> Score:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rollout, "sample", sample)
+        interrupted()
+    before = drawn()
+    assert len(before) == 10, "of 12 images in batches of 4 and 2, without the last batch"
+    with monkeypatch.context() as patched:
+        patched.setattr(Bright, "score", score)
+        interrupted()
+    assert len(drawn()) == 12 and before.items() <= drawn().items()
+    before = drawn()
+    assert CliRunner().invoke(app, words).exit_code == 0 and drawn() == before
 
 
 def test_choice_of_rewards_and_judge() -> None:
