@@ -241,7 +241,9 @@ def _names(sides: Sequence[Side]) -> list[str]:
 
 def _place(side: Side) -> tuple[str, ...]:
     """The folders down to a side, the last one its own; the parts of a hub id or of a `pocket:` name."""
-    given = side.given if side.scale == 1.0 else side.given.rpartition("@")[0]
+    given = side.given
+    if "@" in given and not Path(given).expanduser().exists():
+        given = given.rpartition("@")[0]  # the scale
     path = Path(given).expanduser()
     if given == BASE or not path.exists():
         return tuple(given.removeprefix(PREFIX).rstrip("/").split("/"))
