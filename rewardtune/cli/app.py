@@ -220,8 +220,12 @@ def compare(
         )
     if as_json:
         show_json(report.document)
+        for warning in report.warnings:
+            print(f"warning: {printable(warning)}", file=sys.stderr)
     else:
         show(report.headline)
+        for warning in report.warnings:
+            show(f"warning: {warning}")
         show(str(report.page))
     if fail_under is not None:
         report.require(fail_under)

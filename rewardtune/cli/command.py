@@ -80,7 +80,7 @@ def errors_as_paragraphs(*, traceback: bool) -> Iterator[None]:
     except RewardTuneError as error:
         _leave(error, str(error), error.exit_code, traceback=traceback)
     except KeyboardInterrupt as error:
-        _leave(error, "interrupted", INTERRUPTED, traceback=traceback)
+        _leave(error, str(error) or "interrupted", INTERRUPTED, traceback=traceback)
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): nothing is left to say, not even at shutdown.
         sys.stdout = None

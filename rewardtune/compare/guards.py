@@ -14,7 +14,8 @@ from rewardtune.training.run_folder import FINISHED
 
 def guard_curve(side: Side) -> dict[str, Any] | None:
     """One entry a look: `step`, held-out `score` in standard deviations of the start's images, `trained` (the trained
-    objective on the same images, or None), `diversity` as a share of the start's, `drift`; and what was chosen.
+    objective on the same images, or None), `diversity` as a share of the start's, `drift`; `min_diversity` and
+    `max_drift`, the recipe's limits of the last two, None where it sets none; and what was chosen.
 
     None for a side whose run had no guard, or did not keep what it saw.
     """
@@ -36,6 +37,8 @@ def guard_curve(side: Side) -> dict[str, Any] | None:
              "drift": look.drift}
             for look, score in zip(looks, found.scores, strict=True)
         ],
+        "min_diversity": side.recipe.guard.min_diversity,
+        "max_drift": side.recipe.guard.max_drift,
         "action": side.recipe.guard.action,
         "exported_step": outcome.get("exported_step", looks[-1].step),
         "reasons": outcome.get("reasons", list(found.reasons)),

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rewardtune.compare.report import HUMAN, count_words, judge_verdicts, pairs_of, percent, verdict_words
+from rewardtune.compare.report import HUMAN, count_words, judge_verdicts, pairs_of, percent, signed, verdict_words
 from rewardtune.compare.sampling import Plan, image_file, image_seed
 from rewardtune.compare.scores import Scored
 from rewardtune.data.images import open_image
@@ -41,7 +41,7 @@ def render(folder: Path, document: Mapping[str, Any], scored: Sequence[Scored], 
         "human": HUMAN,
     }
     script = (_HERE / "report.js").read_text(encoding="utf-8")
-    filters = {"percent": percent, "p_value": p_value}
+    filters = {"percent": percent, "signed": signed, "p_value": p_value}
     return render_page(_HERE / "report.html.j2", values, script=script, filters=filters)
 
 
@@ -50,19 +50,38 @@ def p_value(value: float) -> str:
 
 
 def _guard(name: str, watched: Mapping[str, Any]) -> dict[str, Any]:
-    """A side's guard with its charts: held-out score, trained objective and diversity over optimiser steps."""
+    """A side's guard with its charts over optimiser steps: held-out score, trained objective, diversity and drift, the
+    last two with the limit that the recipe sets."""
     looks = watched["looks"]
-    titles = {"score": "held-out score", "trained": "trained objective", "diversity": "diversity, of the start's"}
+    titles = {"score": "held-out score", "trained": "trained objective", "diversity": "diversity, of the start's",
+              "drift": "drift from the start"}  # fmt: skip
     steps = [look["step"] for look in looks]
     chosen = min(range(len(steps)), key=lambda i: abs(steps[i] - watched["exported_step"]))
     charts = []
     for key, title in titles.items():
         values = [look[key] for look in looks]
         if None not in values:
-            line = curve(steps, values)
-            charts.append({"title": title, "first": values[0], "last": values[-1], **line,
-                           "chosen": line["points"][chosen], "chosen_value": values[chosen]})  # fmt: skip
+            setting = _LIMITS.get(key, "")
+            limit = watched.get(setting)
+            # the limit is in the frame, however far from it the run stayed
+            there = values if limit is None else [*values, limit]
+            points = curve(steps, values, (min(there), max(there)))["points"]
+            charts.append({"title": title, "first": values[0], "last": values[-1], "points": points,
+                           "low": min(values), "high": max(values), "limit": _limit(setting, limit, there),
+                           "chosen": points[chosen], "chosen_value": values[chosen]})  # fmt: skip
     return {"side": name, **watched, "charts": charts}
+
+
+_LIMITS = {"diversity": "min_diversity", "drift": "max_drift"}
+"""What a guard limits -> its setting in the recipe."""
+
+
+def _limit(setting: str, limit: float | None, frame: Sequence[float]) -> dict[str, Any] | None:
+    """Height of a limit's line in a chart with these values, and of its label: above the line where there is room."""
+    if limit is None:
+        return None
+    height = curve([0], [limit], (min(frame), max(frame)))["points"][0][1]
+    return {"name": setting, "value": limit, "y": height, "label_y": height - 3 if height > 16 else height + 10}
 
 
 def _contest(document: Mapping[str, Any], a: str, b: str) -> dict[str, Any]:

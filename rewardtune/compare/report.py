@@ -177,8 +177,14 @@ def count_words(pair: Mapping[str, Any]) -> str:
 
 def percent(value: float) -> str:
     """+41.3 %, with a sign unless it is zero."""
-    text = f"{100 * value:+.1f} %"
-    return text[1:] if text in ("+0.0 %", "-0.0 %") else text
+    text = f"{100 * value:+z.1f} %"
+    return text[1:] if text == "+0.0 %" else text
+
+
+def signed(value: float) -> str:
+    """+0.413, with a sign unless it is zero, or rounds to it: -0.000 would claim a direction that is not there."""
+    text = f"{value:+z.3f}"
+    return text if float(text) else text[1:]
 
 
 def warnings_of(document: Mapping[str, Any], sides: Sequence[Side], plan: Plan) -> list[str]:

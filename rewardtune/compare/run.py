@@ -6,15 +6,19 @@ Sampling, scoring, numbers and page each leave files in the output folder, and e
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rewardtune import devices
 from rewardtune.compare.page import write_page
-from rewardtune.compare.report import add_votes, measure_diversity, report_id, summarise
+from rewardtune.compare.report import add_votes, measure_diversity, report_id, signed, summarise
 from rewardtune.compare.sampling import Plan, sample_sides
-from rewardtune.compare.scores import Panel, Scored, choose_rewards, read_scores, score_sides
+from rewardtune.compare.scores import Panel, Scored, choose_rewards, read_scores, require_rewards, score_sides
 from rewardtune.compare.sides import Side, first_recipe, resolve_sides
 from rewardtune.compare.votes import read_votes
 from rewardtune.errors import CheckFailed, DataError, RecipeError
@@ -22,6 +26,7 @@ from rewardtune.pages.files import plain, write_bytes
 from rewardtune.recipe.rewards import RewardSection
 from rewardtune.recipe.sections import CompareSection
 from rewardtune.scoring.score import best_device, parse_spec, parse_specs
+from rewardtune.training.run_folder import lock
 from rewardtune.types import Prompt
 
 FILE = "compare.json"
@@ -43,6 +48,11 @@ class Report:
         """The verdict in a few sentences, safe for a terminal."""
         return plain(self.document["headline"])
 
+    @property
+    def warnings(self) -> list[str]:
+        """What to know before believing the headline, safe for a terminal; a sentence or two each."""
+        return [plain(warning) for warning in self.document["warnings"]]
+
     def require(self, net: float) -> None:
         """Raises CheckFailed when the first pair's net win rate is below `net`, RecipeError without a verdict."""
         pair = next(iter(self.document["pairs"]), None)
@@ -50,8 +60,8 @@ class Report:
             raise RecipeError("--fail-under needs a judge: this report has no verdict.")
         if pair["net"] < net:
             raise CheckFailed(
-                f"net win rate of {pair['a']} over {pair['b']} is {pair['net']:+.3f}, below --fail-under {net:+.3f} "
-                f"({self.page})."
+                f"net win rate of {pair['a']} over {pair['b']} is {signed(pair['net'])}, below "
+                f"--fail-under {signed(net)} ({self.page})."
             )
 
 
@@ -89,17 +99,45 @@ def compare(
         raise RecipeError("--fail-under needs a judge: name one with --judge.")
     plan = _plan(defaults, prompts=prompts, seeds=seeds, num_prompts=num_prompts)
     folder = Path(out) if out is not None else _folder(chosen)
-    device = device or (recipe.train.device if recipe is not None else None) or best_device()
+    wanted = device or (recipe.train.device if recipe is not None else None)
+    key = "--device" if device else "train.device of the first run"
+    device = str(devices.find(wanted, key=key)) if wanted else best_device()
     names = [side.name for side in chosen]
+    require_rewards(panel, device=device)
 
-    script = Path(__file__).with_name("reproduce.py")
-    write_bytes(folder / script.name, script.read_bytes())
-    sample_sides(chosen, plan, folder, device=device)
-    scored = score_sides(names, plan, folder, panel=panel, device=device)
-    diversity = measure_diversity(names, plan, folder)
-    identity = report_id(names, plan, folder)
-    document = summarise(chosen, plan, scored, diversity, judge=panel.judge, report=identity)
-    return _finish(folder, document, scored, plan, votes)
+    with _locked(folder), _told_what_is_kept(folder):
+        script = Path(__file__).with_name("reproduce.py")
+        write_bytes(folder / script.name, script.read_bytes())
+        sample_sides(chosen, plan, folder, device=device)
+        scored = score_sides(names, plan, folder, panel=panel, device=device)
+        diversity = measure_diversity(names, plan, folder)
+        identity = report_id(names, plan, folder)
+        document = summarise(chosen, plan, scored, diversity, judge=panel.judge, report=identity)
+        return _finish(folder, document, scored, plan, votes)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Create the folder and hold its lock: of two comparisons in it, each would remove the other's images."""
+    descriptor = lock(folder, "rewardtune compare")
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _told_what_is_kept(folder: Path) -> Iterator[None]:
+    """An interruption that says what became of the images: whoever stops after an hour fears for them."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the progress line has no end yet
+        raise KeyboardInterrupt(
+            f"interrupted. The images drawn so far are kept in {folder / 'images'}, and the same command goes on "
+            "from there."
+        ) from None
 
 
 def _finish(
@@ -123,6 +161,18 @@ def _merge(folder: Path | None, votes: Sequence[str | Path]) -> Report:
             "compare needs sides, e.g. `rewardtune compare base runs/demo`; or, to merge votes into a finished report, "
             "`rewardtune compare --votes votes-*.json --out runs/demo/compare`."
         )
+    if not (folder / FILE).is_file():
+        raise DataError(
+            f"{folder}: there is no finished comparison here to add votes to ({FILE} is missing). Name the folder of "
+            "one with --out, or name its sides to finish it first."
+        )
+    with _locked(folder):
+        document, plan = _read(folder)
+        return _finish(folder, document, read_scores(folder), plan, votes)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], Plan]:
+    """What a finished comparison left in `folder`."""
     try:
         document: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
         sampling, texts = document["sampling"], document["prompt_texts"]
@@ -136,8 +186,11 @@ def _merge(folder: Path | None, votes: Sequence[str | Path]) -> Report:
             size=tuple(sampling["size"]) if sampling["size"] else None,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / FILE}: there is no finished comparison here to add votes to ({error}).") from error
-    return _finish(folder, document, read_scores(folder), plan, votes)
+        raise DataError(
+            f"{folder / FILE}: not the document of a finished comparison ({type(error).__name__}: {error}). Run the "
+            "comparison again with its sides."
+        ) from error
+    return document, plan
 
 
 def _panel(

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from rewardtune.compare.sampling import Plan, image_file, image_seed
-from rewardtune.errors import DataError, RecipeError
+from rewardtune.errors import DataError, MissingExtra, RecipeError
 from rewardtune.pages.files import csv_cell, write_bytes
 from rewardtune.progress import Progress
 from rewardtune.recipe.rewards import RewardSection
@@ -89,7 +90,7 @@ def choose_rewards(wanted: Sequence[RewardSection], trained: Sequence[RewardSect
     labels: dict[str, str] = {}
 
     def add(section: RewardSection) -> str:
-        settings = json.dumps([section.name, _settings(section)], sort_keys=True, default=str)
+        settings = json.dumps([section.name, _config(section).model_dump()], sort_keys=True, default=str)
         if settings not in labels:
             label = section.name
             if label in rewards:
@@ -115,16 +116,41 @@ def choose_rewards(wanted: Sequence[RewardSection], trained: Sequence[RewardSect
     return Panel(rewards, trained_labels, next(iter([*held_out, *free]), None))
 
 
-def _settings(section: RewardSection) -> dict[str, Any]:
-    """A reward's options with defaults filled in."""
+def require_rewards(panel: Panel, *, device: str) -> None:
+    """Look whether every reward will load, before images are drawn for hours that it then cannot score.
+
+    Weights are looked for and not loaded: a judge of billions of parameters beside the pipeline, or twice, costs more
+    than it tells. The rewards of ours that stand for a server hold none, so these are loaded: `remote` asks its server.
+    Others' code is left alone: what it needs, only loading would show. Raises what `reward_set.load_reward` does.
+    """
+    from rewardtune import devices, registry
+    from rewardtune.recipe.validate import missing_requirement
+    from rewardtune.scoring.at_hand import require
+    from rewardtune.scoring.reward_set import load_section
+
+    for section in panel.rewards.values():
+        card = registry.rewards.card(section.name)
+        if section.device is not None:
+            devices.find(section.device, key=f"reward {section.name!r}: device")
+        if registry.rewards.source(section.name) != registry.BUILT_IN:
+            if why := missing_requirement(card):
+                raise MissingExtra(f"reward {section.name!r} {why}")
+        elif card.known_when_loaded:
+            load_section(section, device=device)
+        else:
+            require(card, _config(section))
+
+
+def _config(section: RewardSection) -> BaseModel:
+    """A reward's options, checked, with defaults filled in."""
     from rewardtune import registry
     from rewardtune.recipe.validate import read_options
 
     plugin: Any = registry.rewards.load_class(section.name)
-    config: dict[str, Any] = read_options(
+    config: BaseModel = read_options(
         plugin.Config, section.options, whose=f"reward {section.name!r}",
         listed_by=f"rewardtune rewards show {section.name}",
-    ).model_dump()  # fmt: skip
+    )  # fmt: skip
     return config
 
 

@@ -5,6 +5,7 @@ First in the flow of `compare`; `sampling.py` loads what this file finds.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,19 +14,25 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from rewardtune.data.references import PREFIX
+from rewardtune.data.references import PREFIX, pocket_path
 from rewardtune.diffusion import lora_files
 from rewardtune.errors import RecipeError
 from rewardtune.recipe.rewards import RewardSection
 from rewardtune.recipe.sections import DirectRewardRecipe, PipelineSection, Recipe, SftRecipe
 from rewardtune.recipe.suggest import closest
+from rewardtune.recipe.validate import check_files
 from rewardtune.training.run_folder import read_recipe
 
 BASE = "base"
 """Names the start of the first run among the sides."""
+LONGEST = 40
+"""Characters of a side's name, without its scale: a column of a table. Ours."""
 Diffusion = SftRecipe | DirectRewardRecipe
 _LORA_FILES = (lora_files.DIFFUSERS, lora_files.PEFT)
-_GIVE = "Give `base`, the folder of a `rewardtune train --out`, an exported LoRA, or a pipeline."
+_GIVE = (
+    "Give `base`, the folder of a `rewardtune train --out`, an exported LoRA, or a pipeline "
+    "(a folder, or owner/name of the hub)."
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,6 @@ def resolve_sides(given: Sequence[str | Path]) -> list[Side]:
     start = _start(found)
     sides = [side or start for side in found]
     known = {s.pipeline.model: s.pipeline for s in sides if s is not None and s.recipe is not None}
-    taken: set[str] = set()
     out = []
     for side in sides:
         if side is None:
@@ -80,8 +86,10 @@ def resolve_sides(given: Sequence[str | Path]) -> list[Side]:
             )
         # a plain pipeline that a run here started from is loaded with the same options as that run
         section = known.get(side.pipeline.model, side.pipeline) if side.recipe is None else side.pipeline
-        out.append(_named(side, section, taken))
-    return out
+        for mistake in check_files({"pipeline": section.model_dump(mode="json")}):
+            raise RecipeError(f"{side.given}: {mistake.message}")  # before another side has been drawn
+        out.append(replace(side, pipeline=section))
+    return [replace(side, name=name) for side, name in zip(out, _names(out), strict=True)]
 
 
 def reference_side(sides: Sequence[Side]) -> Side:
@@ -134,15 +142,14 @@ def _scale(written: str, reference: str) -> float | Literal["linear"]:
 def _found(reference: str) -> Side:
     """A run folder, an exported LoRA, or a pipeline (folder, hub id, pocket: name)."""
     folder = Path(reference).expanduser()
-    if not folder.exists() and not reference.startswith(PREFIX) and folder.parent != Path() and folder.parent.is_dir():
-        # `runs/nothere` would pass for a hub id
-        there = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
-        guess = closest(folder.name, there)
-        raise RecipeError(f"{reference}: there is no such folder in {folder.parent}{guess or '.'} {_GIVE}")
-    if reference.startswith(PREFIX) or not folder.exists():
-        from rewardtune.data.references import resolve
-
-        resolve(reference)  # says what is wrong with a name that leads nowhere
+    if reference.startswith(PREFIX):
+        pocket_path(reference)  # says what ships, where this does not
+        return Side("", reference, PipelineSection(model=reference), known=False)
+    if not folder.exists():
+        # a hub id has two parts; `runs/nothere` beside other runs would pass for one
+        beside = folder.parent != Path() and folder.parent.is_dir()
+        if beside or reference.count("/") != 1 or reference.startswith((".", "~", "/")):
+            raise RecipeError(_nowhere(reference, folder))
         return Side("", reference, PipelineSection(model=reference), known=False)
     if (folder / "recipe.json").is_file():
         return _from_export(reference, folder / "export", read_run_recipe(folder))
@@ -156,6 +163,13 @@ def _found(reference: str) -> Side:
         f"{reference}: neither a run folder (recipe.json), nor an exported LoRA ({_LORA_FILES[0]}), nor a diffusers "
         f"pipeline (model_index.json). {_GIVE}"
     )
+
+
+def _nowhere(reference: str, folder: Path) -> str:
+    """What to say of a side that does not exist, however its name is written: where it was looked for, what to give."""
+    above = folder.parent if folder.parent != Path() else Path.cwd()
+    there = sorted(path.name for path in above.iterdir() if path.is_dir()) if above.is_dir() else []
+    return f"{reference}: there is no such folder in {above}{closest(folder.name, there) or '.'} {_GIVE}"
 
 
 def lora_file(folder: Path) -> Path | None:
@@ -209,17 +223,62 @@ def _from_lora(reference: str, folder: Path) -> Side:
     return Side("", reference, section, lora=file.parent, known=False)
 
 
-def _named(side: Side, section: PipelineSection, taken: set[str]) -> Side:
-    """The side with a short name of its own: the folder's, the model's, or `base`."""
-    given, scale = (side.given, "") if side.scale == 1.0 else (side.given.rpartition("@")[0], f"-{side.scale}")
-    scale = scale.removesuffix(".0")
-    path = Path(given.removeprefix(PREFIX).rstrip("/"))
-    word = path.parent.name if path.name in ("export", *_LORA_FILES) else path.name
-    if given in (".", "..") or not word:
-        word = Path(given).resolve().name
-    word = re.sub(r"[^A-Za-z0-9._-]+", "-", word + scale).strip("-.") or "side"
-    name, number = word, 2
-    while name.lower() in taken:
-        name, number = f"{word}-{number}", number + 1
-    taken.add(name.lower())
-    return replace(side, name=name, pipeline=section)
+def _names(sides: Sequence[Side]) -> list[str]:
+    """A short name for each side: the folder's, the model's or `base`, after as many of the folders above as tell it
+    from the other sides, and its scale. A number comes last, and only where nothing else differs."""
+    places = [_place(side) for side in sides]
+    labels = _shortened({place: _label(place, places) for place in places})
+    names: list[str] = []
+    for side, place in zip(sides, places, strict=True):
+        scale = "" if side.scale == 1.0 else f"-{side.scale}".removesuffix(".0")
+        word = labels[place] + scale
+        name, number = word, 2
+        while name.lower() in map(str.lower, names):
+            name, number = f"{word}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _place(side: Side) -> tuple[str, ...]:
+    """The folders down to a side, the last one its own; the parts of a hub id or of a `pocket:` name."""
+    given = side.given
+    if "@" in given and not Path(given).expanduser().exists():
+        given = given.rpartition("@")[0]  # the scale
+    path = Path(given).expanduser()
+    if given == BASE or not path.exists():
+        return tuple(given.removeprefix(PREFIX).rstrip("/").split("/"))
+    parts = Path(os.path.abspath(path)).parts[1:]  # links stay: they are names that somebody chose
+    while len(parts) > 1 and parts[-1] in ("export", *_LORA_FILES):
+        parts = parts[:-1]
+    return parts
+
+
+def _label(place: tuple[str, ...], places: Sequence[tuple[str, ...]]) -> str:
+    """The last parts of a place, safe as a folder name; more than one where another place ends alike."""
+    count = 1
+    while count < len(place) and any(o != place and o[-count:] == place[-count:] for o in places):
+        count += 1
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(place[-count:])).strip("-.") or "side"
+
+
+def _shortened(labels: Mapping[tuple[str, ...], str]) -> dict[tuple[str, ...], str]:
+    """Labels of at most LONGEST characters: their starts and ends, or, where these are alike, where they differ."""
+    short = {place: _cut(label, len(label)) for place, label in labels.items()}
+    for word in set(short.values()):
+        alike = [place for place, found in short.items() if found == word]
+        if len(alike) > 1:
+            columns = zip(*(labels[place] for place in alike), strict=False)
+            differing = next((i for i, letters in enumerate(columns) if len(set(letters)) > 1), 0)
+            for place in alike:
+                short[place] = _cut(labels[place], differing - LONGEST // 4)
+    return short
+
+
+def _cut(label: str, start: int) -> str:
+    """The first third of a long label, and what of it begins at `start`, or earlier where it ends too soon."""
+    if len(label) <= LONGEST:
+        return label
+    head = LONGEST // 3
+    rest = LONGEST - head - len("..")
+    start = max(head, min(start, len(label) - rest))
+    return f"{label[:head].rstrip('-.')}..{label[start : start + rest].strip('-.')}"

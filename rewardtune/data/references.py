@@ -57,7 +57,7 @@ def version(reference: str, revision: str | None) -> str:
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
     name = revision or "main"
-    commit = _cached_commit(reference, name)
+    commit = cached_commit(reference, name)
     return f"{name}, not pinned" if commit is None else f"{name}, not pinned: loaded at {commit}"
 
 
@@ -79,7 +79,8 @@ def why_not_loaded(error: Exception, reference: str) -> str:
     return f"{variable} is set, so the hub was not asked (unset it where there is a network). {told}"
 
 
-def _cached_commit(repository: str, revision: str) -> str | None:
+def cached_commit(repository: str, revision: str) -> str | None:
+    """The commit that the hub's cache holds for a branch or tag; None where it holds none."""
     from huggingface_hub import constants
 
     file = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "refs" / revision

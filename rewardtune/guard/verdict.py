@@ -75,7 +75,7 @@ def verdict(looks: Sequence[Seen], rule: Rule) -> Verdict:
     if downhill >= rule.patience:
         reasons.append(
             f"the held-out score has been below that of step {looks[best].step} for {downhill} looks "
-            f"({scores[-1]:+.2f} against {scores[best]:+.2f})"
+            f"({scores[-1]:+z.2f} against {scores[best]:+z.2f})"
         )
     start, last = looks[0], looks[-1]
     share = last.diversity / start.diversity if start.diversity else 1.0

@@ -63,8 +63,8 @@ def render_page(
 
 
 def number(value: float) -> str:
-    """A score for people: three significant digits, no exponent for everyday sizes."""
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
+    """A score for people: three significant digits, no exponent for everyday sizes, no sign where it rounds to zero."""
+    return f"{value:z.3f}" if abs(value) < 10 else f"{value:.4g}"
 
 
 def picture(image: Image) -> dict[str, Any]:

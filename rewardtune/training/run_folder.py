@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,8 +33,12 @@ REWARDS = "rewards.json"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 
 
-def lock(folder: Path) -> int:
-    """Create the folder and lock it for this process; closing the descriptor, or dying, lets it go."""
+def lock(folder: Path, who: str = "rewardtune train") -> int:
+    """Create the folder and lock it for this process; closing the descriptor, or dying, lets it go.
+
+    who: the command, for whoever comes second. Raises RecipeError, naming the holder, where another process has it,
+    and DiskError where nothing can be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -45,10 +51,14 @@ def lock(folder: Path) -> int:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
         os.close(descriptor)
         raise RecipeError(
-            f"{folder} is in use by another training process. Wait for it, or name another folder with --out."
+            f"{folder} is in use by {holder}. Wait until it has ended, or name another folder with --out."
         ) from error
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without its holder's name too
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"`{who}` (process {os.getpid()} on {platform.node()})\n".encode(), 0)
     return descriptor
 
 

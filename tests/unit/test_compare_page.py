@@ -22,10 +22,11 @@ import tiny_comparison as tiny
 from PIL import Image
 
 from rewardtune.compare.page import bars, render
-from rewardtune.compare.report import headline, pairs_of
+from rewardtune.compare.report import headline, pairs_of, percent, signed
 from rewardtune.compare.scores import samples_csv
 from rewardtune.errors import DiskError
 from rewardtune.pages.files import csv_cell, plain, write_bytes
+from rewardtune.pages.html import number
 from rewardtune.recipe.sections import DirectRewardRecipe
 
 PAYLOADS = [
@@ -116,6 +117,20 @@ def test_lower_is_better_turns_the_verdict(tmp_path: Path) -> None:
     assert document["pairs"][0]["net"] == 1.0
     assert "tuned is better than base." in html
     assert "▲ -0.800" in html
+
+
+def test_what_rounds_to_zero_has_no_sign(tmp_path: Path) -> None:
+    def rewards(count: int, names: list[str]) -> list[Any]:
+        # the last image alone differs, by less than is shown
+        rest = [0.0] * (count - 1)
+        return [tiny.scalar("oracle", {"base": [*rest, 0.0], "tuned": [*rest, -0.0004]})]
+
+    _, html = build(tmp_path, rewards=rewards)
+    assert "≈ 0.000" in html and ">tie 0.000<" in html, "the difference, and its verdict on an image"
+    shown = " ".join(text for where, text in Page(html).texts if where not in ("script", "style"))
+    assert not re.search(r"[-+]0\.0+(?!\d)", shown)
+    assert (signed(-0.0004), signed(0.0), signed(-0.0006), signed(0.5)) == ("0.000", "0.000", "-0.001", "+0.500")
+    assert (percent(-0.0004), number(-0.0004), number(-0.2)) == ("0.0 %", "0.000", "-0.200")
 
 
 def test_the_reference_is_base_wherever_it_stands(tmp_path: Path) -> None:
@@ -292,8 +307,8 @@ def test_text_for_a_terminal_holds_no_controls() -> None:
     assert plain("a\x1b[31mb\x07\x9bc\nd\te\u202ef\u2028g") == "a[31mbc d efg"
 
 
-def guarded(folder: Path, world: tiny.Comparison, values: Sequence[float], *, exported: int) -> None:
-    """Make the second side a run whose guard saw these means of two images' scores."""
+def guarded(folder: Path, world: tiny.Comparison, values: Sequence[float], *, exported: int, **limits: Any) -> None:
+    """Make the second side a run whose guard, with these limits, saw these means of two images' scores."""
     run = folder / "run"
     (run / "guard").mkdir(parents=True)
     looks = [
@@ -308,7 +323,8 @@ def guarded(folder: Path, world: tiny.Comparison, values: Sequence[float], *, ex
         "task": "direct_reward", "pipeline": {"model": "pocket:pipeline"}, "data": {"prompts": "pocket:prompts/train"},
         "rewards": [{"name": "zreward"}], "gradient": {"method": "refl"},
         "lora": {"rank": 2}, "train": {"steps": 1},
-        "guard": {"prompts": "pocket:prompts/validation", "seeds": 1, "rewards": [{"name": "oracle"}]},
+        "guard": {"prompts": "pocket:prompts/validation", "seeds": 1, "rewards": [{"name": "oracle"}],
+                  **limits},
     }  # fmt: skip
     made = DirectRewardRecipe.model_validate(recipe)
     world.sides[1] = replace(world.sides[1], recipe=made, run=run)
@@ -326,7 +342,29 @@ def test_the_page_draws_what_the_guard_saw(tmp_path: Path) -> None:
     assert [look["diversity"] for look in curve["looks"]] == pytest.approx([1.0, 0.95, 0.9])
     assert curve["exported_step"] == 10
     html = render(world.folder, document, world.scored, world.plan)
-    assert html.count('class="curve"') == 3 and "&lt;b&gt;fell" in html
+    assert html.count('class="curve"') == 4 and "&lt;b&gt;fell" in html
     score = html[html.index("held-out score from") :]
     # the best look is at the top of the frame, in its middle, and it is the one that was exported
     assert 'points="8.0,82.0 120.0,8.0 232.0,45.0 "' in score and 'class="chosen" cx="120.0" cy="8.0"' in score
+
+
+def test_what_a_guard_limits_is_drawn_with_its_limit(tmp_path: Path) -> None:
+    world = tiny.make(tmp_path / "report")
+    guarded(tmp_path, world, [5.0, 7.0, 6.0], exported=10, min_diversity=0.5, max_drift=0.1)
+    document = world.document()
+    seen = document["guards"]["tuned"]
+    assert (seen["min_diversity"], seen["max_drift"]) == (0.5, 0.1)
+    html = render(world.folder, document, world.scored, world.plan)
+    assert html.count('class="limit"') == 2 and "tuned: a guard looked 3 times" in html
+    diversity, drift = (html[html.index(f'aria-label="{title}') :] for title in ("diversity, of", "drift from"))
+    # diversity falls from 1 to 0.9 in a frame that goes down to the limit: 74 units for 0.5
+    assert 'points="8.0,8.0 120.0,15.4 232.0,22.8 "' in diversity
+    assert diversity.index('class="limit" d="M2 82.0H238"') < diversity.index(">min_diversity 0.500</text>")
+    # drift rises from 0 to 0.2, twice its limit
+    assert 'points="8.0,82.0 120.0,45.0 232.0,8.0 "' in drift
+    assert 'class="limit" d="M2 45.0H238"' in drift and ">max_drift 0.100</text>" in drift
+    # as of a report that was written before limits were kept, into which votes are merged
+    for key in ("min_diversity", "max_drift"):
+        del seen[key]
+    html = render(world.folder, document, world.scored, world.plan)
+    assert html.count('class="limit"') == 0 and html.count('class="curve"') == 4

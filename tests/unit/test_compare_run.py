@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,11 +22,13 @@ from rewardtune import registry
 from rewardtune.cli.app import app
 from rewardtune.compare.run import compare
 from rewardtune.compare.sampling import image_seed
-from rewardtune.compare.scores import choose_rewards, tie_bands
+from rewardtune.compare.scores import choose_rewards, require_rewards, tie_bands
 from rewardtune.compare.sides import reference_side, resolve_sides
-from rewardtune.errors import CheckFailed, DataError, DiskError, RecipeError
+from rewardtune.diffusion import rollout
+from rewardtune.errors import CheckFailed, DataError, DiskError, RecipeError, RewardTuneError
 from rewardtune.plugins import Options, RewardCard
 from rewardtune.recipe.rewards import RewardSection
+from rewardtune.training.run_folder import lock
 from rewardtune.types import Score
 
 
@@ -156,7 +159,7 @@ def test_everything_is_where_the_contract_says(world: Path, report: Any) -> None
     folder = world / "runs" / "demo" / "compare"
     assert report.folder == folder
     assert sorted(p.name for p in folder.iterdir()) == sorted(
-        ["compare.json", "images", "report.html", "reproduce.py", "samples.csv", "scores.json"]
+        [".lock", "compare.json", "images", "report.html", "reproduce.py", "samples.csv", "scores.json"]
     )
     document = json.loads((folder / "compare.json").read_text())
     assert document == report.document
@@ -259,6 +262,19 @@ def test_fail_under_prints_the_document_and_then_leaves_with_1(world: Path, repo
         report.require(net + 0.01)
 
 
+def test_warnings_stand_beside_the_headline_in_the_terminal(world: Path, report: Any) -> None:
+    few = "Only 3 different prompts: intervals are wide. Use 50 or more."
+    assert few in report.warnings
+    words = ["compare", "base", str(world / "runs" / "demo")]
+    said = CliRunner().invoke(app, words)
+    warned = [f"warning: {warning}" for warning in report.warnings]
+    assert said.stdout.splitlines() == [report.headline, *warned, str(report.page)]
+    assert "warning:" not in said.stderr
+    as_json = CliRunner().invoke(app, [*words, "--json"])
+    assert json.loads(as_json.stdout) == report.document, "nothing beside the document"
+    assert [line for line in as_json.stderr.splitlines() if line.startswith("warning:")] == warned
+
+
 def test_sides_are_recognised(world: Path, tmp_path: Path) -> None:
     run = world / "runs" / "demo"
     lora = tmp_path / "my lora"
@@ -285,6 +301,32 @@ def test_sides_are_recognised(world: Path, tmp_path: Path) -> None:
     assert (found.model, found.revision) == ("team/model", "v2")
 
 
+def test_sides_of_one_name_are_told_apart_by_what_differs(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def names(*sides: str) -> list[str]:
+        for side in sides:
+            folder = tmp_path / side.partition("@")[0]
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if not folder.exists() and side != "base":
+                folder.symlink_to(world / "runs" / "demo")
+        return [side.name for side in resolve_sides(sides)]
+
+    monkeypatch.chdir(tmp_path)
+    assert names("base", "a/run", "b/run", "b/run@0.5") == ["base", "a-run", "b-run", "b-run-0.5"]
+    assert names("b/run", "a/run", "other") == ["b-run", "a-run", "other"], "whatever the order"
+    assert names("lr 1/s0/run", "lr 1/s1/run") == ["s0-run", "s1-run"], "no more than is needed"
+    assert names("lr 1/s0/run", "lr 2/s0/run") == ["lr-1-s0-run", "lr-2-s0-run"]
+    assert names("a/run@1.0", "b/run@0") == ["a-run", "b-run-0"]
+    assert names("base", "c/base") == ["base", "c-base"]
+    assert names("a/run", "a/run/export") == ["run", "run-2"], "nothing else differs"
+    sweep = "sweep-with-rank=16,seed={},guidance=4.5,steps=20,batch=8,and-so-on"
+    first, second, short = names(f"{sweep.format(3)}@0.5", sweep.format(4), "run")
+    assert first == "sweep-with-ra..k-16-seed-3-guidance-4.5-0.5" and short == "run"
+    assert second == "sweep-with-ra..k-16-seed-4-guidance-4.5" and len(second) <= 40
+    assert names(sweep.format(3), "run")[0] == "sweep-with-ra..teps-20-batch-8-and-so-on"
+
+
 def test_sides_that_cannot_be_compared(world: Path, tmp_path: Path) -> None:
     run = world / "runs" / "demo"
     scorer = {"task": "reward_sft", "scorer": {"model": "x/y"}, "data": {"records": "r"}, "train": {"steps": 1}}
@@ -308,6 +350,39 @@ def test_sides_that_cannot_be_compared(world: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(RecipeError, match=message):
             resolve_sides(sides)
+
+
+def test_a_side_that_is_not_there_is_told_alike_however_it_is_written(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world / "runs")
+    for side, where in (
+        ("dmo", world / "runs"), ("./dmo", world / "runs"), ("../runs/dmo", "../runs"), (str(world / "runs/dmo"), ""),
+        ("a/b/c", "a/b"),
+    ):  # fmt: skip
+        guess = "." if side == "a/b/c" else "; did you mean 'demo'?"
+        with pytest.raises(RecipeError) as told:
+            resolve_sides(["base", side])
+        assert str(told.value).startswith(f"{side}: there is no such folder in {where or world / 'runs'}{guess} Give")
+
+
+def test_a_pipeline_that_will_not_load_costs_no_image(world: Path, tmp_path: Path) -> None:
+    run = world / "runs" / "demo"
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "model_index.json").write_text("{")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "Other"}')
+    (moved := tmp_path / "moved" / "recipe.json").parent.mkdir()
+    moved.write_text((run / "recipe.json").read_text().replace(str(world / "pipeline"), "/nowhere/at/all"))
+    (moved.parent / "export").symlink_to(run / "export")
+    for side, message in (
+        ("torn", "torn: .*cannot be read"), ("other", "other is a Other"), ("moved", "moved: .*/nowhere/at/all.* no"),
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match=message):
+            resolve_sides([run, tmp_path / side])
+    with pytest.raises(RecipeError, match="--device 'cqu' is no device"):
+        compare(["base", run], device="cqu", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_mistyped_run_is_no_hub_id(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,6 +411,120 @@ def test_mistakes_cost_no_image(world: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DiskError, match="cannot be written"):
         compare(sides, out=tmp_path / "file")
+
+
+def test_a_second_comparison_in_the_folder_is_refused_and_told_by_whom(world: Path, tmp_path: Path) -> None:
+    sides = ["base", world / "runs" / "demo"]
+    descriptor = lock(tmp_path, "rewardtune compare")
+    said = rf"in use by `rewardtune compare` \(process {os.getpid()} on .*Wait until .* --out"
+    with pytest.raises(RecipeError, match=said):
+        compare(sides, out=tmp_path)
+    (tmp_path / "compare.json").write_text("{}")
+    with pytest.raises(RecipeError, match=said):
+        compare(out=tmp_path, votes=["a.json"])
+    assert not (tmp_path / "images").exists()
+    os.close(descriptor)
+    assert compare(sides, out=tmp_path, num_prompts=1, seeds=1).page.exists(), "the lock goes with its holder"
+    os.close(lock(tmp_path))
+
+
+def test_a_judge_that_cannot_be_loaded_costs_no_image(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi, constants
+
+    def judged_by(judge: str) -> Any:
+        return compare(["base", world / "runs" / "demo"], out=tmp_path / "out", judge=judge)
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(RecipeError, match=r"'hpsv3': the weights of checkpoint 'MizzenAI/HPSv3' are not.*OFFLINE is"):
+        judged_by("hpsv3")
+    with pytest.raises(RecipeError, match=r"reward 'zreward': .*no such folder"):
+        judged_by("zreward:checkpoint=./nowhere")
+    monkeypatch.setenv("REWARDTUNE_TOKEN", "a" * 64)
+    with pytest.raises(RewardTuneError, match=r"http://127\.0\.0\.1:9"):
+        judged_by("remote:url=http://127.0.0.1:9,retries=0")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+
+    def unreachable(*given: Any, **named: Any) -> None:
+        raise ConnectionError("no route to it")
+
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    with pytest.raises(RecipeError, match=r"tokenizer 'bert-base/x' .* cannot be fetched from the hub: no route"):
+        judged_by(f"imagereward:checkpoint={world / 'prompts.txt'},tokenizer=bert-base/x")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_here_or_at_the_hub_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi, constants
+
+    asked = []
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+    monkeypatch.setattr(HfApi, "model_info", lambda self, name, **named: asked.append((name, named["revision"])))
+
+    def look(name: str, **options: Any) -> None:
+        require_rewards(choose_rewards([RewardSection(name=name, options=options)], [], None), device="cpu")
+
+    models = dict(registry.rewards.card("hpsv3").models)
+    look("hpsv3")
+    assert asked == list(models.items()), "what the cache lacks is asked for, with its commit"
+    for model, commit in models.items():
+        snapshot = tmp_path / f"models--{model.replace('/', '--')}" / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "a file").touch()
+    look("hpsv3")
+    look("hpsv3", checkpoint=str(tmp_path))
+    look("zreward")
+    look("run-red")
+    assert len(asked) == 2
+    look("hpsv3", checkpoint="owner/name", revision="v2")
+    assert asked[2:] == [("owner/name", "v2")]
+    (branch := tmp_path / "models--owner--name" / "refs" / "v2").parent.mkdir(parents=True)
+    branch.write_text("a" * 40)
+    (branch.parents[1] / "snapshots" / ("a" * 40) / "model").mkdir(parents=True)
+    look("hpsv3", checkpoint="owner/name", revision="v2")
+    assert len(asked) == 3, "a branch leads to its commit"
+
+
+def test_an_interruption_keeps_what_was_drawn(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["compare", "base", str(world / "runs" / "demo"), "--out", str(tmp_path / "out")]
+    told = f"interrupted. The images drawn so far are kept in {tmp_path / 'out' / 'images'}, and the same command goes"
+
+    def interrupted() -> None:
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 130 and "Traceback" not in result.output
+        said = [line for line in result.stderr.splitlines() if line.startswith("error")]
+        assert said == [f"error: {told} on from there."]
+
+    def drawn() -> dict[Path, int]:
+        return {file: file.stat().st_mtime_ns for file in sorted((tmp_path / "out").glob("images/*/*.png"))}
+
+    draw = rollout.sample
+    batches = iter([draw, draw, draw])
+
+    def sample(*given: Any, **named: Any) -> Tensor:
+        for one in batches:
+            return one(*given, **named)
+        raise KeyboardInterrupt
+
+    def score(*given: Any) -> Score:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rollout, "sample", sample)
+        interrupted()
+    before = drawn()
+    assert len(before) == 10, "of 12 images in batches of 4 and 2, without the last batch"
+    with monkeypatch.context() as patched:
+        patched.setattr(Bright, "score", score)
+        interrupted()
+    assert len(drawn()) == 12 and before.items() <= drawn().items()
+    before = drawn()
+    assert CliRunner().invoke(app, words).exit_code == 0 and drawn() == before
 
 
 def test_choice_of_rewards_and_judge() -> None:

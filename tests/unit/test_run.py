@@ -271,7 +271,7 @@ def test_sigterm_saves_and_a_second_run_in_the_folder_is_refused(tmp_path: Path,
     folder = tmp_path / "stopped"
     process = start(folder, **JOB | {"checkpoint": {"every": 1000}})
     wait_for_step(folder, 3, process)
-    with pytest.raises(RecipeError, match="in use"):
+    with pytest.raises(RecipeError, match=rf"in use by `rewardtune train` \(process {process.pid} on"):
         run.train_recipe(tiny.tiny_recipe(**JOB | {"checkpoint": {"every": 1000}}), out=folder)
     process.terminate()
     assert end(process) == 143
