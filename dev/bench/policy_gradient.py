@@ -5,7 +5,7 @@
     python dev/bench/policy_gradient.py run       # seeds 1 to 5 at each arm's best rate
     python dev/bench/policy_gradient.py report    # policy_gradient.json beside this file
 
-Arms: the demo's recipe (DRaFT through all steps), and Flow-GRPO (arXiv 2505.05470) written for this bench: same start,
+Arms: the demo's recipe with DRTune, the best of `methods.py`, and Flow-GRPO (arXiv 2505.05470) written for this bench: same start,
 adapters, optimiser, prompts, reward and number of sampling steps; the stochastic sampler of its Eq. 9, groups of eight,
 advantages standardised in the group, one update a batch (so that the clipped ratio is 1), no KL term. Its last step is
 drawn without noise, since four steps would otherwise leave some in the picture. Rates are constant, so that a curve is
@@ -53,11 +53,12 @@ GROUP, NOISE, CLIP, ADVANTAGE_EPSILON = 8, 0.7, 1e-4, 1e-4
 """Images a prompt, the sampler's noise level, range of the ratio: as in the paper's settings; the last one ours."""
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 PICKED_ON, SEEDS = 0, range(1, 6)
-BUDGET = {"draft": (100, 8), "flow-grpo": (100, 48)}
+BUDGET = {"drtune": (100, 8), "flow-grpo": (100, 48)}
 """Optimiser steps and images a step: 800 images, and six times as many."""
+GRADIENT = {"drtune": {"method": "drtune", "memory": "fast"}}
 SWEPT = 0.5
 """Share of the steps that the sweep takes."""
-LOOK_EVERY = {"draft": 10, "flow-grpo": 4}
+LOOK_EVERY = {"drtune": 10, "flow-grpo": 4}
 """Optimiser steps: 80 images, and 192, so that the arm with the larger budget has looks within the smaller one."""
 TIMED, WARM = 6, 2
 BOOTSTRAP = 10_000
@@ -148,13 +149,15 @@ def train(arm: str, rate: float, seed: int, steps: int | None = None) -> Path:
                   "rewards": [{"name": "pocket-oracle"}], "every": LOOK_EVERY[arm], "steps": 4,
                   "guidance_scale": 2.0, "batch_size": 32, "min_diversity": None},
     }  # fmt: skip
+    if arm in GRADIENT:
+        overrides["gradient"] = GRADIENT[arm]
     if steps is not None:
         overrides["guard"] = None
     recipe = load_recipe("pocket/zreward", format_overrides(overrides)).recipe
     assert isinstance(recipe, DirectRewardRecipe)
     parts = build_task(recipe, device="cpu")
     assert isinstance(parts, DirectReward)
-    task: Any = parts if arm == "draft" else FlowGrpo(parts)
+    task: Any = parts if arm == "drtune" else FlowGrpo(parts)
     folder.mkdir(parents=True, exist_ok=True)
     guard = build_guard(recipe, task, folder) if steps is None else None
     loop.train(task, folder=folder, train=recipe.train, optimizer=recipe.optimizer, checkpoint=recipe.checkpoint,
@@ -228,15 +231,15 @@ def equal_spending(curves: Mapping[str, Sequence[Any]], unit: str) -> dict[str, 
     out = {}
     for share in (0.5, 1.0):
         gains = {arm: [gain_at(points, share * most, unit) for points in found] for arm, found in curves.items()}
-        ahead = [d - p for d, p in zip(gains["draft"], gains["flow-grpo"], strict=True)]
+        ahead = [d - p for d, p in zip(gains["drtune"], gains["flow-grpo"], strict=True)]
         out[f"after {share * most:.0f} {unit}"] = {
-            **{arm: interval(values) for arm, values in gains.items()}, "draft minus flow-grpo": interval(ahead)
+            **{arm: interval(values) for arm, values in gains.items()}, "drtune minus flow-grpo": interval(ahead)
         }  # fmt: skip
     return out
 
 
 def times(curves: Mapping[str, Sequence[Any]], gain: float, unit: str) -> dict[str, Any]:
-    """How many times draft's images or seconds flow-grpo takes to `gain`: medians over seeds, a bootstrap over them.
+    """How many times drtune's images or seconds flow-grpo takes to `gain`: medians over seeds, a bootstrap over them.
 
     A run that never gets there stands with its budget where the ratio is bounded from below, and with infinity where it
     is bounded from above; where these differ, what is reported is a lower bound.
@@ -245,12 +248,12 @@ def times(curves: Mapping[str, Sequence[Any]], gain: float, unit: str) -> dict[s
     spent = {arm: np.array([c for c, _ in some]) for arm, some in found.items()}
     truly = {arm: np.array([c if there else math.inf for c, there in some]) for arm, some in found.items()}
     rng = np.random.default_rng(0)
-    count = len(spent["draft"])
+    count = len(spent["drtune"])
     draws = {arm: rng.integers(0, count, (BOOTSTRAP, count)) for arm in spent}
 
     def ratio(above: Any, below: Any, rows: Mapping[str, Any]) -> Any:
-        """Of medians; 0 where draft itself did not get there."""
-        return np.median(above[rows["flow-grpo"]], -1) / np.median(below[rows["draft"]], -1)
+        """Of medians; 0 where drtune itself did not get there."""
+        return np.median(above[rows["flow-grpo"]], -1) / np.median(below[rows["drtune"]], -1)
 
     once = {arm: np.arange(count) for arm in spent}
     least, most = (float(ratio(a, b, once)) for a, b in _bounds(spent, truly))
@@ -266,16 +269,16 @@ def times(curves: Mapping[str, Sequence[Any]], gain: float, unit: str) -> dict[s
 
 def _bounds(spent: Mapping[str, Any], truly: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     """(numerators, denominators) that bound the ratio from below and from above."""
-    return [(spent["flow-grpo"], truly["draft"]), (truly["flow-grpo"], spent["draft"])]
+    return [(spent["flow-grpo"], truly["drtune"]), (truly["flow-grpo"], spent["drtune"])]
 
 
 def report() -> dict[str, Any]:
     """The document: gains at equal spending, and spending to half and nine tenths of what reward gradients gain."""
     rates = best_rates()
     curves = {arm: [curve(BUILD / f"{arm}-{rate:g}-{s}", arm) for s in SEEDS] for arm, rate in rates.items()}
-    final = statistics.fmean(c[-1]["gain"] for c in curves["draft"])
+    final = statistics.fmean(c[-1]["gain"] for c in curves["drtune"])
     return {
-        "what": "held-out gain, images and seconds, pocket pipeline: DRaFT through all steps, and Flow-GRPO",
+        "what": "held-out gain, images and seconds, pocket pipeline: DRTune and Flow-GRPO",
         "seeds": list(SEEDS), "rates": rates, "rates_tried": list(RATES), "rates_picked_on_seed": PICKED_ON,
         "step_seconds": {arm: step_seconds(arm) for arm in BUDGET},
         "final_gain": {arm: interval([c[-1]["gain"] for c in found]) for arm, found in curves.items()},
@@ -283,7 +286,7 @@ def report() -> dict[str, Any]:
         "gain_at_equal_images": equal_spending(curves, "images"),
         "gain_at_equal_seconds": equal_spending(curves, "seconds"),
         "times": {
-            f"{unit} to {share:.0%} of draft's gain": times(curves, share * final, unit)
+            f"{unit} to {share:.0%} of drtune's gain": times(curves, share * final, unit)
             for share in (0.5, 0.9) for unit in ("images", "seconds")
         },
         "curves": curves,
