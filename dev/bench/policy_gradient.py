@@ -5,14 +5,14 @@
     python dev/bench/policy_gradient.py run       # seeds 1 to 5 at each arm's best rate
     python dev/bench/policy_gradient.py report    # policy_gradient.json beside this file
 
-Arms: the demo's recipe with DRTune, the best of `methods.py`, and Flow-GRPO (arXiv 2505.05470) written for this bench: same start,
-adapters, optimiser, prompts, reward and number of sampling steps; the stochastic sampler of its Eq. 9, groups of eight,
-advantages standardised in the group, one update a batch (so that the clipped ratio is 1), no KL term. Its last step is
-drawn without noise, since four steps would otherwise leave some in the picture. Rates are constant, so that a curve is
-the same whatever its budget. The held-out gain is what `pocket-oracle` says of 64 validation prompts more than of the
-start. The seed that a rate is picked on is not among those that are measured. Runs go on beside each other, a thread
-each, so their seconds are steps times the median step of a short run on all cores, without looks. Finished runs are
-kept in build/policy-gradient.
+Arms: the demo's recipe with DRTune, the best of `methods.py`, and Flow-GRPO (arXiv 2505.05470) written for this bench:
+same start, adapters, optimiser, prompts, reward and number of sampling steps; the stochastic sampler of its Eq. 9,
+groups of eight, advantages standardised in the group, one update a batch (so that the clipped ratio is 1), no KL term.
+Its last step is drawn without noise, since four steps would otherwise leave some in the picture. Rates are constant, so
+that a curve is the same whatever its budget. The held-out gain is what `pocket-oracle` says of 64 validation prompts
+more than of the start. The seed that a rate is picked on is not among those that are measured. Runs go on beside each
+other, a thread each, so their seconds are steps times the median step of a short run on all cores, without looks.
+Finished runs are kept in build/policy-gradient.
 
 Reported: gains at equal images and at equal seconds, and how many times the images and the seconds Flow-GRPO takes to
 the same gain. Where it does not get there within its budget, that is a lower bound: more than so many times.
