@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from rewardtune.errors import DataError, RecipeError
+from rewardtune.errors import DataError, RecipeError, RewardTuneError
 from rewardtune.recipe import strict_yaml
 from rewardtune.recipe.mistakes import Loc, Mistake, dotted, schema_mistakes, shown
 from rewardtune.recipe.sections import TASKS, DirectRewardRecipe, Recipe, RewardSftRecipe, SftRecipe
@@ -61,6 +61,17 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), *, file
     """
     source = find_recipe(path_or_name)
     text = _read(source)
+    recipe, found = _checked(source, text, overrides, files=files)
+    if found:
+        raise _error(source, _brought_about(found, source, text, overrides, files=files))
+    assert recipe is not None
+    return LoadedRecipe(
+        recipe=recipe, source=source, text=text, name=recipe.name or source.stem, overrides=tuple(overrides)
+    )
+
+
+def _checked(source: Path, text: str, overrides: Sequence[str], *, files: bool) -> tuple[Any, list[_Located]]:
+    """The recipe, None where the schema refuses it, and every mistake of the file with these overrides."""
     document = strict_yaml.parse(text, name=str(source))
     found = [_Located(Mistake(loc, message), line, "") for loc, line, message in document.mistakes]
     applied: dict[Loc, str] = {}
@@ -73,13 +84,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), *, file
     told = {mistake.loc for mistake in mistakes}
     further = check_joins(data) + (check_files(data) if files else [])
     mistakes += [mistake for mistake in further if mistake.loc not in told]
-    found += [_located(mistake, document, applied) for mistake in mistakes]
-    if found:
-        raise _error(source, found)
-    assert recipe is not None
-    return LoadedRecipe(
-        recipe=recipe, source=source, text=text, name=recipe.name or source.stem, overrides=tuple(overrides)
-    )
+    return recipe, found + [_located(mistake, document, applied) for mistake in mistakes]
 
 
 def _read(source: Path) -> str:
@@ -105,11 +110,35 @@ def format_overrides(values: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Located:
-    """A mistake and where its author finds it: a line of the file, or an override."""
+    """A mistake and where its author finds it: a line of the file, an override, or both where they do not fit."""
 
     mistake: Mistake
     line: int | None
     override: str
+
+
+def _brought_about(
+    found: Sequence[_Located], source: Path, text: str, overrides: Sequence[str], *, files: bool
+) -> list[_Located]:
+    """Name the overrides without which a mistake would not be there, where it lies between settings: what an override
+    says may be right by itself and not fit a line of the file, which its author has no reason to look at."""
+    if all(one.override for one in found):
+        return list(found)
+    everything = {one.mistake for one in found}
+    without: dict[str, set[Mistake]] = {}
+    for left_out in dict.fromkeys(overrides):
+        try:
+            _, rest = _checked(source, text, [other for other in overrides if other != left_out], files=files)
+        except RewardTuneError:
+            continue  # the others cannot be read without it
+        left = {one.mistake for one in rest}
+        if left <= everything:  # else what is wrong without it may hide what is looked for
+            without[f"override {left_out!r}"] = left
+    told = []
+    for one in found:
+        culprits = [] if one.override else [place for place, left in without.items() if one.mistake not in left]
+        told.append(_Located(one.mistake, one.line, " and ".join(culprits) or one.override))
+    return told
 
 
 def _override(document: Document, override: str, applied: dict[Loc, str]) -> list[_Located]:
@@ -120,7 +149,7 @@ def _override(document: Document, override: str, applied: dict[Loc, str]) -> lis
         raise RecipeError(f"{place}: write it as section.key=value, for example train.steps=100.")
     if not isinstance(document.data, dict):
         document.data = {}
-    parsed = strict_yaml.parse(text, name=place)
+    parsed = strict_yaml.parse(text, name=place, numbered=False)
     loc: Loc = ()
     target: Any = document.data
     parts = key.split(".")
@@ -140,7 +169,10 @@ def _override(document: Document, override: str, applied: dict[Loc, str]) -> lis
         else:
             if isinstance(target, dict) and target.get(part) is None:
                 target[part] = {}
+                applied[loc] = place  # a section that the file does not have, so nothing wrong with it is the file's
             target = target[step]
+    for below in [other for other in applied if other[: len(loc)] == loc]:
+        del applied[below]  # what an earlier override said there is gone
     applied[loc] = place
     return [_Located(Mistake((*loc, *inner), message), None, place) for inner, _, message in parsed.mistakes]
 
@@ -190,11 +222,16 @@ def _error(source: Path, found: Sequence[_Located]) -> RecipeError | DataError:
     """One line a mistake, in the order of the file, overrides last."""
     lines = []
     for one in sorted(found, key=lambda one: (bool(one.override), one.line or 0)):
-        place = one.override or (f"{source}:{one.line}" if one.line else str(source))
+        line = f"{source}:{one.line}" if one.line else ""
+        place = " with ".join(part for part in (one.override, line) if part) or str(source)
         message = one.mistake.message
         lines.append(f"{place}: {message}" + ("" if message.endswith((".", "?")) else "."))
     if len(lines) > MAX_SHOWN:
         lines[MAX_SHOWN:] = [f"... and {len(lines) - MAX_SHOWN} more."]
     if len(lines) > 1:
-        lines.insert(0, f"{source} has {len(found)} mistakes.")
+        by_override = [bool(one.override) for one in found]
+        whose = "The overrides have" if all(by_override) else f"{source} has"
+        if any(by_override) and not all(by_override):
+            whose = f"{source} and the overrides have"
+        lines.insert(0, f"{whose} {len(found)} mistakes.")
     return (DataError if all(one.mistake.data for one in found) else RecipeError)("\n".join(lines))
