@@ -20,6 +20,7 @@ from rewardtune.diffusion import families
 from rewardtune.errors import DataError, PluginError, RecipeError, RewardTuneError
 from rewardtune.plugins import RewardCard
 from rewardtune.recipe.mistakes import Loc, Mistake, dotted, schema_mistakes, value_at
+from rewardtune.recipe.packages import check_packages
 from rewardtune.recipe.sections import RolloutSection
 from rewardtune.recipe.suggest import closest
 
@@ -29,7 +30,8 @@ HEAD_ROWS = 50
 
 
 def check_joins(data: Mapping[str, Any]) -> list[Mistake]:
-    """Rewards: known, loadable, differentiable where a task needs it, with options and dimensions of their own."""
+    """Rewards: known, loadable, differentiable where a task needs it, with options and dimensions of their own.
+    Trackers and optimisers: their packages are installed."""
     mistakes: list[Mistake] = []
     for loc, entry in _reward_entries(data):
         if loc == _JUDGE:
@@ -42,7 +44,7 @@ def check_joins(data: Mapping[str, Any]) -> list[Mistake]:
     family = value_at(data, ("pipeline", "family"))
     if isinstance(family, str):
         mistakes += _check_family(family, data)
-    return mistakes
+    return [*mistakes, *check_packages(data)]
 
 
 def check_files(data: Mapping[str, Any]) -> list[Mistake]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import re
+import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -256,6 +259,40 @@ def test_python_overrides_read_like_the_command_line(recipe):
     words = format_overrides({"train.steps": 5, "optimizer.lr": 1e-5, "samples.prompts": ["a"], "lora.alpha": None})
     loaded = load_recipe(recipe(), words)
     assert (loaded.recipe.train.steps, loaded.recipe.optimizer.lr, loaded.recipe.samples.prompts) == (5, 1e-5, ["a"])
+
+
+# ------------------------------------------------------------------------------------------------------------ packages
+
+
+@pytest.mark.parametrize(
+    ("override", "absent", "said"),
+    [
+        ("track.wandb=offline", "wandb", "track.wandb needs wandb, which is not installed: pip install wandb; or"),
+        ("track.wandb=online", "wandb", "pip install wandb; or write track.wandb: off. The numbers"),
+        (
+            "track.tensorboard=true",
+            "tensorboard",
+            "pip install 'rewardtune[tensorboard]'; or write track.tensorboard: false. The numbers",
+        ),
+        ("optimizer.name=adamw8bit", "bitsandbytes", "needs bitsandbytes, which is not installed: pip install bits"),
+        ("optimizer.name=prodigy", "prodigyopt", "needs prodigyopt, which is not installed: pip install prodigyopt."),
+    ],
+)
+def test_a_package_that_a_setting_needs_is_asked_for_before_anything_loads(recipe, monkeypatch, override, absent, said):
+    for module in ("bitsandbytes", "prodigyopt", "wandb", "tensorboard", "tensorboardX"):
+        there = importlib.machinery.ModuleSpec(module, None)
+        monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(__spec__=there))
+    load_recipe(recipe(), [override])
+    monkeypatch.setitem(sys.modules, absent, None)
+    monkeypatch.setitem(sys.modules, f"{absent}X", None)
+    text = mistakes_of(recipe(), override, files=False)
+    assert text.startswith(f"override '{override}': ") and said in text
+    load_recipe(recipe(), ["track.wandb=off", "track.tensorboard=false", "optimizer.name=muon"])
+
+
+def test_an_optimiser_that_is_not_known_is_told_with_the_known_ones(recipe):
+    said = mistakes_of(recipe(), "optimizer.name=adam")
+    assert said.endswith("'adam' is unknown (there are adamw, adamw8bit, muon, prodigy); did you mean 'adamw'?")
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
