@@ -235,6 +235,20 @@ def test_wrong_overrides_are_refused_as_such(recipe, override, said):
     assert said in text and "recipe.yaml" not in text
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("samples=null", "samples is empty; expected a section of keys and values; no samples are drawn with samples."),
+        ("samples=off", "no samples are drawn with samples.prompts=[]."),
+        ("checkpoint=null", "checkpoint is empty; expected a section of keys and values; leave it out, or write {}, "),
+        ("train=null", "train is empty; expected a section of keys and values."),
+    ],
+)
+def test_an_empty_section_is_told_what_to_write(recipe, override, said):
+    assert said in mistakes_of(recipe(), override)
+    load_recipe(recipe(), ["samples.prompts=[]", "checkpoint={}"])
+
+
 def test_an_override_that_does_not_fit_a_line_of_the_file_is_named_with_it(recipe):
     text = GOOD.replace("  - name: zreward\n    weight: 2", "  - {name: zreward}\n  - {name: warmth}")
     said = mistakes_of(recipe(text.replace("rank: 8", "rank: x")), "task=sft", "train.steps=5").splitlines()
