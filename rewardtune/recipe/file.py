@@ -22,7 +22,7 @@ from rewardtune.recipe.sections import TASKS, DirectRewardRecipe, Recipe, Reward
 from rewardtune.recipe.shipped import find_recipe
 from rewardtune.recipe.strict_yaml import Document
 from rewardtune.recipe.suggest import closest
-from rewardtune.recipe.validate import check_files, check_joins
+from rewardtune.recipe.validate import check_files, check_joins, unused
 
 MAX_SHOWN = 30
 
@@ -39,6 +39,8 @@ class LoadedRecipe:
     """`name:` of the recipe, else the file's name."""
     overrides: tuple[str, ...] = ()
     """`a.b=c` as given on the command line."""
+    notices: tuple[str, ...] = ()
+    """A sentence each for what is no mistake and may not be meant."""
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -66,7 +68,12 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), *, file
         raise _error(source, _brought_about(found, source, text, overrides, files=files))
     assert recipe is not None
     return LoadedRecipe(
-        recipe=recipe, source=source, text=text, name=recipe.name or source.stem, overrides=tuple(overrides)
+        recipe=recipe,
+        source=source,
+        text=text,
+        name=recipe.name or source.stem,
+        overrides=tuple(overrides),
+        notices=unused(recipe),
     )
 
 

@@ -21,7 +21,7 @@ from rewardtune.errors import DataError, PluginError, RecipeError, RewardTuneErr
 from rewardtune.plugins import RewardCard
 from rewardtune.recipe.mistakes import Loc, Mistake, dotted, schema_mistakes, value_at
 from rewardtune.recipe.packages import check_packages
-from rewardtune.recipe.sections import RolloutSection
+from rewardtune.recipe.sections import DirectRewardRecipe, Recipe, RolloutSection
 from rewardtune.recipe.suggest import closest
 
 HEAD_BYTES = 1_000_000
@@ -45,6 +45,24 @@ def check_joins(data: Mapping[str, Any]) -> list[Mistake]:
     if isinstance(family, str):
         mistakes += _check_family(family, data)
     return [*mistakes, *check_packages(data)]
+
+
+def unused(recipe: Recipe) -> tuple[str, ...]:
+    """A sentence for settings that its author gave and that another one leaves without effect."""
+    if not isinstance(recipe, DirectRewardRecipe) or recipe.rollout.guidance != "off":
+        return ()
+    # a scale of 0 or 1 is how families themselves say that there is no guidance
+    rollout, given = recipe.rollout, recipe.rollout.model_fields_set
+    idle = [f"rollout.guidance_scale {rollout.guidance_scale:g}"] if rollout.guidance_scale not in (0, 1) else []
+    idle = [text for text in idle if "guidance_scale" in given]
+    idle += ["rollout.negative_prompt"] if rollout.negative_prompt else []
+    if not idle:
+        return ()
+    has, it = ("have", "them") if len(idle) > 1 else ("has", "it")
+    return (
+        f"{' and '.join(idle)} {has} no effect, since rollout.guidance is off; leave {it} out, or write rollout."
+        "guidance: detached-negative or full.",
+    )
 
 
 def check_files(data: Mapping[str, Any]) -> list[Mistake]:

@@ -367,6 +367,24 @@ def test_validate_json_tells_each_file_apart(run, folder):
     assert "bad.yaml:7" in err
 
 
+@pytest.mark.parametrize(
+    ("rollout", "said"),
+    [
+        ("{guidance: off}", ""),
+        ("{guidance: off, guidance_scale: 1}", ""),
+        ("{guidance: full, guidance_scale: 3}", ""),
+        ("{guidance: off, guidance_scale: 3}", "rollout.guidance_scale 3 has no effect, since rollout.guidance is off"),
+        ("{guidance: off, guidance_scale: 4}", "rollout.guidance_scale 4 has no effect"),  # the default, but given
+        ("{guidance: off, guidance_scale: 3, negative_prompt: blurry}", "3 and rollout.negative_prompt have no effect"),
+    ],
+)
+def test_a_scale_that_is_given_and_not_used_is_noticed(run, rollout, said):
+    code, out, err = run("validate", "recipe.yaml", f"rollout={rollout}")
+    assert (code, err.startswith("note: "), said in err) == (0, bool(said), True)
+    code, out, _ = run("validate", "recipe.yaml", f"rollout={rollout}", "--json")
+    assert len(json.loads(out)[0]["notices"]) == bool(said)
+
+
 def test_the_schema_is_json(run):
     code, out, _ = run("schema")
     assert code == 0

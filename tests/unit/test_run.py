@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -200,6 +201,12 @@ def test_plugins_are_recorded_and_asked_for(tmp_path: Path) -> None:
     assert record["plugins"] == {"my_reward.py": hashlib.sha256(plugin.read_bytes()).hexdigest()}
     with pytest.raises(RecipeError, match=r"plugins\.my_reward\.py: .* -> not there"):
         run.train_recipe(tiny.tiny_recipe(task=broken), out=tmp_path / "a")
+
+
+def test_what_is_noticed_in_a_recipe_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = dataclasses.replace(tiny.tiny_recipe(), notices=("a scale has no effect.",))
+    run.train_recipe(loaded, out=tmp_path / "a", dry_run=True)
+    assert capsys.readouterr().err.count("note: a scale has no effect.\n") == 1
 
 
 def test_dry_run_does_it_all_once_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
