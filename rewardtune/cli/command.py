@@ -40,7 +40,8 @@ TracebackOption = Annotated[bool, typer.Option("--traceback", help="Show where i
 
 
 def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as a command. It gets --plugin (imported before it runs) and --traceback."""
+    """Register a function as a command. It gets --plugin (imported before it runs) and --traceback; its own --device,
+    if it has one, names a device of this machine."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
@@ -54,6 +55,11 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
 
                     for source in plugin:
                         load_plugin(source)
+                if arguments.get("device") is not None:
+                    from rewardtune import devices
+
+                    # before anything loads, and in the words that a recipe's train.device gets
+                    devices.find(arguments["device"], key="--device")
                 function(**arguments)
 
         signature = inspect.signature(function, eval_str=True)

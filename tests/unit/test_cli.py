@@ -170,6 +170,10 @@ def test_python_m_does_not_take_a_users_own_folder_for_ours(folder):
         ("evaluate --scorer nowhere --data nowhere.jsonl", 3, "nowhere.jsonl"),
         ("compare", 2, "needs sides"),
         ("export nowhere", 2, "nowhere"),
+        ("score --reward jpeg-size --images . --device gpu", 2, "--device 'gpu' is no device. Write cpu, cuda, cuda:1"),
+        ("rewards test zreward --device cuda:99", 2, "--device 'cuda:99' is not on this machine. It has cpu"),
+        ("evaluate --scorer nowhere --data nowhere.jsonl --device gpu", 2, "--device 'gpu' is no device"),
+        ("compare --device gpu", 2, "--device 'gpu' is no device"),
     ],
 )
 def test_bad_input_is_one_paragraph_with_its_code(run, folder, words, code, said):
