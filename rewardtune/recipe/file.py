@@ -19,7 +19,7 @@ from rewardtune.errors import DataError, RecipeError, RewardTuneError
 from rewardtune.recipe import strict_yaml
 from rewardtune.recipe.mistakes import Loc, Mistake, dotted, schema_mistakes, shown
 from rewardtune.recipe.sections import TASKS, DirectRewardRecipe, Recipe, RewardSftRecipe, SftRecipe
-from rewardtune.recipe.shipped import find_recipe
+from rewardtune.recipe.shipped import find_recipe, read_recipe
 from rewardtune.recipe.strict_yaml import Document
 from rewardtune.recipe.suggest import closest
 from rewardtune.recipe.validate import check_files, check_joins, unused
@@ -62,7 +62,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), *, file
     DataError when only data files are at fault.
     """
     source = find_recipe(path_or_name)
-    text = _read(source)
+    text = read_recipe(source)
     recipe, found = _checked(source, text, overrides, files=files)
     if found:
         raise _error(source, _brought_about(found, source, text, overrides, files=files))
@@ -92,19 +92,6 @@ def _checked(source: Path, text: str, overrides: Sequence[str], *, files: bool) 
     further = check_joins(data) + (check_files(data) if files else [])
     mistakes += [mistake for mistake in further if mistake.loc not in told]
     return recipe, found + [_located(mistake, document, applied) for mistake in mistakes]
-
-
-def _read(source: Path) -> str:
-    if source.stat().st_size > strict_yaml.MAX_BYTES:
-        raise RecipeError(
-            f"{source}: {source.stat().st_size:,} bytes are more than a recipe may have ({strict_yaml.MAX_BYTES:,})."
-        )
-    try:
-        return source.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{source}: this is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-    except OSError as error:
-        raise RecipeError(f"{source}: cannot be read: {error.strerror}.") from error
 
 
 # -------------------------------------------------------------------------------------------------------- overrides

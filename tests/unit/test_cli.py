@@ -163,6 +163,8 @@ def test_python_m_does_not_take_a_users_own_folder_for_ours(folder):
         ("rewards show zrewrd", 2, "did you mean 'zreward'?"),
         ("rewards test os:system", 2, "os"),
         ("recipes show nothing", 2, "no shipped recipe has this name"),
+        ("recipes show latin.yaml", 2, "latin.yaml: this is not UTF-8 text (invalid continuation byte at byte 6)"),
+        ("recipes copy latin.yaml copy.yaml", 2, "this is not UTF-8 text"),
         ("recipes copy pocket/base-sft prompts.txt", 2, "is there already"),
         ("recipes copy pocket/base-sft nowhere/x.yaml", 6, "No such file or directory"),
         ("score --reward zrewrd --images .", 2, "did you mean 'zreward'?"),
@@ -178,6 +180,7 @@ def test_python_m_does_not_take_a_users_own_folder_for_ours(folder):
 )
 def test_bad_input_is_one_paragraph_with_its_code(run, folder, words, code, said):
     (folder / "empty.txt").write_text("\n")
+    (folder / "latin.yaml").write_bytes("name: é:a".encode("latin-1"))
     (folder / "control.txt").write_text("a \x1b[2J fox\n")
     (folder / "broken.py").write_text("1 / 0\n")
     before = sorted(folder.rglob("*"))
