@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 FINISHED = "finished.json"
 REWARDS = "rewards.json"
+BEFORE_TRAINING = {".lock", "recipe.yaml", "recipe.json", REWARDS}
+"""What a run folder holds before its first look, picture or step."""
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 
 
@@ -67,6 +69,10 @@ def prepare(
             f"{folder} is not empty and holds no recipe.json, so it is no run folder. Name another folder with --out, "
             "or use --fresh to move it aside."
         )
+    if old is not None and {path.name for path in folder.iterdir()} <= BEFORE_TRAINING:
+        # it ended while models loaded, and the change of the recipe may be what mends that: nothing is lost
+        (folder / REWARDS).unlink(missing_ok=True)
+        old = None
     if old is not None:
         changes = _changes({**_completed(old["recipe"]), "plugins": old["plugins"]}, {**resolved, "plugins": hashes})
         refused = [key for key in changes if not any(key == a or key.startswith(f"{a}.") for a in _split(allow))]

@@ -137,6 +137,22 @@ def test_another_recipe_is_refused_with_a_diff(tmp_path: Path) -> None:
     assert json.loads((folder / "recipe.json").read_text())["recipe"]["train"]["seed"] == 0
 
 
+def test_a_run_that_ended_before_its_training_takes_a_mended_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RecipeError("no such checkpoint")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["rewardtune.build"], "build_task", fails)
+        with pytest.raises(RecipeError, match="no such checkpoint"):
+            run.train_recipe(tiny.tiny_recipe(rewards=[{"name": "wrong"}]), out=tmp_path / "a")
+    (tmp_path / "a" / "rewards.json").write_text("[]")
+    folder = run.train_recipe(tiny.tiny_recipe(), out=tmp_path / "a")
+    assert json.loads((folder / "recipe.json").read_text())["recipe"]["rewards"][0]["name"] == "none"
+    assert (folder / "finished.json").exists() and not (folder / "rewards.json").exists()
+
+
 def test_a_setting_that_came_later_is_no_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run.train_recipe(tiny.tiny_recipe(), out=tmp_path / "a")
     record = json.loads((folder / "recipe.json").read_text())
