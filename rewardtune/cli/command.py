@@ -92,7 +92,9 @@ def errors_as_paragraphs(*, traceback: bool) -> Iterator[None]:
         sys.stdout = None
         raise typer.Exit(0) from None
     except OSError as error:
-        _leave(error, f"the system refused: {error}", DISK, traceback=traceback)
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        said = f"the system refused: {what}. Name another place, or make room or give rights there."
+        _leave(error, said, DISK, traceback=traceback)
     except Exception as error:
         where = _elsewhere(error)
         whose = f"raised in {where}, a plug-in's file" if where else "this is a fault of rewardtune"

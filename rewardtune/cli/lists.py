@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from rewardtune.cli.command import Json, command, quiet_stdout, show, show_json, show_table
-from rewardtune.errors import CheckFailed, DataError, PluginError, RecipeError
+from rewardtune.errors import CheckFailed, DataError, DiskError, PluginError, RecipeError
 from rewardtune.registry import BUILT_IN
 
 rewards = typer.Typer(help="Rewards: what there is, what each one is, and whether it keeps the contract.")
@@ -295,6 +295,8 @@ def recipes_copy(
     schema = (source.parent / found[1]).resolve() if (found := _SCHEMA.search(text)) else None
     if schema is not None and schema.is_file():
         text = _SCHEMA.sub(lambda match: match[0].replace(match[1], schema.as_uri()), text, count=1)
+    if not target.parent.is_dir():
+        raise DiskError(f"{target} cannot be written: {target.parent} is no folder. Make it first, or name another.")
     target.write_text(text, encoding="utf-8")
     show(str(target))
 

@@ -326,6 +326,8 @@ def _check_reference(loc: Loc, reference: Any, check: Callable[[str], object]) -
 
 def _existing(reference: str) -> Path:
     path = pocket_path(reference) if reference.startswith(PREFIX) else Path(reference).expanduser()
+    if path.is_dir():
+        raise RecipeError(f"{reference!r} is a folder, and a file is wanted")
     if not path.is_file():
         raise RecipeError(f"there is no file {reference!r} (relative paths start at {Path.cwd()})")
     return path

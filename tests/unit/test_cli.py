@@ -166,7 +166,14 @@ def test_python_m_does_not_take_a_users_own_folder_for_ours(folder):
         ("recipes show latin.yaml", 2, "latin.yaml: this is not UTF-8 text (invalid continuation byte at byte 6)"),
         ("recipes copy latin.yaml copy.yaml", 2, "this is not UTF-8 text"),
         ("recipes copy pocket/base-sft prompts.txt", 2, "is there already"),
-        ("recipes copy pocket/base-sft nowhere/x.yaml", 6, "No such file or directory"),
+        ("recipes copy pocket/base-sft nowhere/x.yaml", 6, "cannot be written: nowhere is no folder. Make it first"),
+        ("train recipe.yaml data.prompts=folder", 2, "data.prompts: 'folder' is a folder, and a file is wanted."),
+        ("validate folder", 2, "recipe 'folder' is a folder"),
+        ("rewards test zreward --prompts folder", 3, "folder: this is a folder, and a file is wanted"),
+        ("score --reward jpeg-size --images prompts.txt", 3, "prompts.txt: a .txt file holds prompts alone"),
+        ("score --reward jpeg-size --images nameless", 3, "and the name has no ending"),
+        ("data import pickapic-v2 folder --out out", 3, "folder: this is a folder; name the tables in it"),
+        ("rewards new my-reward --out prompts.txt", 6, "the system refused: prompts.txt: File exists. Name another"),
         ("score --reward zrewrd --images .", 2, "did you mean 'zreward'?"),
         ("score --reward zreward --images nowhere --prompts prompts.txt", 3, "no such folder or manifest"),
         ("evaluate --scorer nowhere --data nowhere.jsonl", 3, "nowhere.jsonl"),
@@ -180,6 +187,8 @@ def test_python_m_does_not_take_a_users_own_folder_for_ours(folder):
 )
 def test_bad_input_is_one_paragraph_with_its_code(run, folder, words, code, said):
     (folder / "empty.txt").write_text("\n")
+    (folder / "folder").mkdir()
+    (folder / "nameless").write_text("x\n")
     (folder / "latin.yaml").write_bytes("name: é:a".encode("latin-1"))
     (folder / "control.txt").write_text("a \x1b[2J fox\n")
     (folder / "broken.py").write_text("1 / 0\n")
