@@ -223,6 +223,25 @@ def test_an_unforeseen_error_is_our_fault_and_says_so(run, folder):
     del registry.rewards._decorated["brightness"]
 
 
+@pytest.mark.parametrize(
+    ("raises", "said"),
+    [
+        ("MemoryError", "out of memory (no details). Do less at once"),
+        ("torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')", "(CUDA out of memory. Tried to allocate)"),
+        ("RuntimeError('[enforce fail] DefaultCPUAllocator: can\\'t allocate memory')", "DefaultCPUAllocator"),
+    ],
+)
+def test_memory_that_runs_out_while_a_reward_loads_has_its_code(run, folder, raises, said):
+    (folder / "plugin.py").write_text(
+        "import torch\n" + PLUGIN.replace("return cls(config.power)", f"raise {raises}").replace("brightness", "greedy")
+    )
+    code, _, err = run("rewards", "test", "greedy", "--plugin", "plugin.py")
+    from rewardtune import registry
+
+    del registry.rewards._decorated["greedy"]
+    assert (code, said in err) == (5, True), err
+
+
 def test_control_characters_never_reach_the_terminal():
     assert printable("a\x1b[31mb\u202ec\n\td") == "a\\x1b[31mb\\u202ec\n\\td"
 
