@@ -137,6 +137,20 @@ def test_another_recipe_is_refused_with_a_diff(tmp_path: Path) -> None:
     assert json.loads((folder / "recipe.json").read_text())["recipe"]["train"]["seed"] == 0
 
 
+def test_a_section_that_came_or_went_is_one_change(tmp_path: Path) -> None:
+    folder = run.train_recipe(tiny.tiny_recipe(), out=tmp_path / "a")
+    other = tiny.tiny_recipe(augment={"copies": 2}, lora=None, full={})
+    with pytest.raises(RecipeError) as caught:
+        run.train_recipe(other, out=folder)
+    said = str(caught.value)
+    assert "  augment: null -> a section\n  full: null -> " in said and "  lora: a section -> null\n" in said
+    assert "--allow-changed augment,full,lora to" in said
+    back = tiny.tiny_recipe(train={"seed": 1})
+    run.train_recipe(other, out=folder, allow_changed=["augment", "full,lora"])
+    with pytest.raises(RecipeError, match="augment: a section -> null\n"):
+        run.train_recipe(back, out=folder)
+
+
 def test_a_run_that_ended_before_its_training_takes_a_mended_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
