@@ -92,10 +92,10 @@ class ImageFolder:
         try:
             resolved = self._real(name)
             if not resolved.is_relative_to(self.root):
-                return f"{short(name)} leaves the folder {self.folder}; put the picture under it."
+                return f"{short(name)} leaves the folder {self.folder.absolute()}; put the picture under it."
             mode = os.stat(resolved).st_mode
         except FileNotFoundError:
-            return f"there is no file {short(name)} under {self.folder}."
+            return f"there is no file {short(name)} under {self.folder.absolute()}."
         except (OSError, ValueError, RuntimeError) as error:
             return f"{short(name)} cannot be opened ({error})."
         if not stat.S_ISREG(mode):

@@ -86,7 +86,10 @@ def _checked(source: Path, text: str, overrides: Sequence[str], *, files: bool) 
         found += _override(document, override, applied)
     data = document.data
     if not isinstance(data, dict):
-        raise RecipeError(f"{source}: a recipe is a mapping of sections (task, pipeline, data, ...); this holds none.")
+        raise RecipeError(
+            f"{source}: a recipe is a mapping of sections (task, pipeline, data, ...); this holds none. "
+            "`rewardtune recipes copy pocket/zreward my.yaml` gives one to start from."
+        )
     recipe, mistakes = _validate(data)
     told = {mistake.loc for mistake in mistakes}
     further = check_joins(data) + (check_files(data) if files else [])

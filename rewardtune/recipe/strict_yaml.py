@@ -76,6 +76,8 @@ def parse(text: str, *, name: str, numbered: bool = True) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         reason = "; ".join(part for part in (error.context, error.problem) if part)
+        if "'\\t'" in reason:
+            reason += "; indent with spaces, for YAML takes no tabs"
         raise RecipeError(f"{at(mark.line + 1 if mark else 0)}: this is not valid YAML: {reason}.") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: this is not valid YAML: {' '.join(str(error).split())}.") from error

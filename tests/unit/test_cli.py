@@ -159,6 +159,10 @@ def test_python_m_does_not_take_a_users_own_folder_for_ours(folder):
         ("validate recipe.yaml data.prompts=nowhere.txt", 2, "no file 'nowhere.txt'"),
         ("validate train.steps=5", 2, "name at least one recipe or data file"),
         ("validate empty.txt", 3, "no prompts"),
+        ("train prompts.txt", 2, "this holds none. `rewardtune recipes copy pocket/zreward my.yaml` gives one"),
+        ("validate tab.yaml", 2, "tab.yaml:2: this is not valid YAML: while scanning for the next token; found ch"),
+        ("validate tab.yaml", 2, "cannot start any token; indent with spaces, for YAML takes no tabs."),
+        ("score --reward jpeg-size --images rows.jsonl", 3, "there is no file 'a.png' under /"),
         ("validate control.txt", 3, "control.txt"),
         ("rewards show zrewrd", 2, "did you mean 'zreward'?"),
         ("rewards test os:system", 2, "os"),
@@ -188,6 +192,8 @@ def test_python_m_does_not_take_a_users_own_folder_for_ours(folder):
 def test_bad_input_is_one_paragraph_with_its_code(run, folder, words, code, said):
     (folder / "empty.txt").write_text("\n")
     (folder / "folder").mkdir()
+    (folder / "tab.yaml").write_text("train:\n\tsteps: 3\n")
+    (folder / "rows.jsonl").write_text('{"image": "a.png"}\n')
     (folder / "nameless").write_text("x\n")
     (folder / "latin.yaml").write_bytes("name: é:a".encode("latin-1"))
     (folder / "control.txt").write_text("a \x1b[2J fox\n")
