@@ -194,14 +194,12 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[
         before, now = flat_old.get(key), flat_new.get(key)
         if before == now:
             continue
-        # of a section that only one of them has, its name says it all
-        whole = [".".join(key.split(".")[:n]) for n in range(1, key.count(".") + 1)]
-        if found := [name for name in whole if (flat_old if before is None else flat_new).get(name) == "null"]:
-            changes[found[0]] = (flat_old.get(found[0], "a section"), flat_new.get(found[0], "a section"))
-        elif key not in changes:
-            sections = [any(other.startswith(f"{key}.") for other in flat) for flat in (flat_old, flat_new)]
-            absent = ["a section" if section else "not there" for section in sections]
-            changes[key] = (before or absent[0], now or absent[1])
+        around = [".".join(key.split(".")[:n]) for n in range(1, key.count(".") + 1)]
+        if any((flat_old if before is None else flat_new).get(name) == "null" for name in around):
+            continue  # of a section that only one of them has, its name says it all
+        sections = [any(other.startswith(f"{key}.") for other in flat) for flat in (flat_old, flat_new)]
+        absent = ["a section" if section else "not there" for section in sections]
+        changes[key] = (before or absent[0], now or absent[1])
     return changes
 
 
