@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -21,7 +21,9 @@ from rewardtune.errors import RecipeError
 from rewardtune.gradients import METHODS, load_method
 from rewardtune.plugins import WholeRollout
 from rewardtune.recipe.gradients import GradientSection, steps_needed
+from rewardtune.recipe.mistakes import schema_mistakes
 from rewardtune.recipe.sections import DirectRewardRecipe
+from rewardtune.recipe.suggest import closest
 from rewardtune.scoring.score import parse_spec
 from rewardtune.tasks.direct_reward import DirectReward
 from rewardtune.training.live_bytes import peak_live_bytes
@@ -142,11 +144,18 @@ def _gradient(
 
 def _section(spec: str, steps: int | None = None) -> GradientSection:
     name, options = parse_spec(spec)
+    given = {"method": name, **options}
     try:
-        section: GradientSection = TypeAdapter(GradientSection).validate_python({"method": name, **options})
+        section: GradientSection = TypeAdapter(GradientSection).validate_python(given)
     except ValidationError as error:
-        said = "; ".join(f"{'.'.join(map(str, e['loc'][1:])) or 'method'}: {e['msg']}" for e in error.errors())
-        raise RecipeError(f"--methods {spec}: {said}. There are {', '.join(METHODS)}.") from error
+        if name not in METHODS:
+            said = f"there is no method '{name}' (there are {', '.join(METHODS)}){closest(name, METHODS)}"
+        else:
+            classes = get_args(get_args(GradientSection)[0])
+            own = next(cls for cls in classes if name in get_args(cls.model_fields["method"].annotation))
+            wrong = schema_mistakes(error, own, given, at=("options",))
+            said = "; ".join(mistake.message for mistake in wrong)
+        raise RecipeError(f"--methods {spec}: {said}{'' if said.endswith('?') else '.'}") from error
     field, least = steps_needed(section)
     if steps is not None and least > steps:
         raise RecipeError(f"--methods {spec}: {field} needs {least} steps, and rollout.steps is {steps}.")

@@ -12,7 +12,7 @@ def find(name: str, *, key: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise RecipeError(f"{key} {name!r} is no device: {error}. Write cpu, cuda, cuda:1 or mps.") from error
+        raise RecipeError(f"{key} {name!r} is no device. Write cpu, cuda, cuda:1 or mps.") from error
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(device.type, False) or (
         device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()

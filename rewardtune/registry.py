@@ -10,6 +10,7 @@ import ast
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import traceback
@@ -173,9 +174,10 @@ class Registry:
         if not lacking and self.kind == "reward" and not isinstance(cls.card, RewardCard):  # type: ignore[attr-defined]
             lacking = ["a card that is a rewardtune.plugins.RewardCard"]
         if lacking:
+            example = " `rewardtune rewards new` writes one that has it all." if self.kind == "reward" else ""
             raise PluginError(
-                f"{self.kind} {name!r} from {claim} does not meet the contract of rewardtune/plugins.py: "
-                f"it lacks {', '.join(lacking)}."
+                f"{self.kind} {name!r} from {_place(cls, claim)} does not meet the contract of "
+                f"rewardtune/plugins.py: it lacks {', '.join(lacking)}. Add what is lacking to the class.{example}"
             )
 
 
@@ -241,10 +243,17 @@ def load_plugin(source: str) -> Plugin:
     if key in _loaded:
         return _loaded[key]
     if is_file and not path.is_file():
-        raise PluginError(f"--plugin {source}: there is no such file (looked for {path}).")
+        what = "is a folder, not a Python file" if path.is_dir() else f"there is no such file (looked for {path})"
+        raise PluginError(f"--plugin {source}: {what}.")
     try:
         module = _import_file(path) if is_file else importlib.import_module(source)
     except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and not is_file and source.split(".")[0] == error.name:
+            beside = f" Did you mean the file {source}.py?" if Path(f"{source}.py").is_file() else ""
+            raise PluginError(
+                f"--plugin {source}: no module of this name is installed. Install it, or give a file as a path that "
+                f"ends in .py.{beside}"
+            ) from error
         raise PluginError(f"--plugin {source} does not load: {_reason(error)}") from error
     file = getattr(module, "__file__", None)
     content = Path(file).read_bytes() if file else b""
@@ -262,7 +271,7 @@ def _import_file(path: Path) -> Any:
     name = f"rewardtune_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
+        raise ImportError(f"{path} is not a Python file: its name does not end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -275,13 +284,32 @@ def _import_file(path: Path) -> Any:
 
 def _reason(error: BaseException) -> str:
     """What went wrong in a plug-in and in which line of it, on one line."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{type(error).__name__}: {_syntax(error, error.filename)}."
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    frames = [frame for frame in frames if frame.filename != __file__]  # where it was imported is not where it failed
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     text = " ".join(str(error).split())
     hint = ""
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("rewardtune"):
-        hint = f" Install {error.name.partition('.')[0]}, or take the plug-in out."
+        whose = error.name.partition(".")[0]
+        hint = f" Install {whose}, or take the plug-in out." if whose == error.name else ""
     return f"{type(error).__name__}: {text}{place}.{hint}"
+
+
+def _syntax(error: SyntaxError, file: str) -> str:
+    """What cannot be read as Python, and where; the error's own text names the file without its folder."""
+    return f"{error.msg} ({file}" + (f", line {error.lineno})" if error.lineno else ")")
+
+
+def _place(cls: type, claim: Registration) -> str:
+    """Where a class comes from, with file and line where its source can be found."""
+    try:
+        file, line = inspect.getsourcefile(cls), inspect.getsourcelines(cls)[1]
+    except (OSError, TypeError):
+        return str(claim)
+    inside = "" if file == claim.source else f" in {file}"
+    return f"{claim.source} (class {cls.__qualname__}{inside}, line {line})"
 
 
 def _static_trouble(target: str) -> str | None:
@@ -292,8 +320,10 @@ def _static_trouble(target: str) -> str | None:
         return f"module {module} is not there"
     try:
         body = ast.parse(file.read_text(encoding="utf-8")).body
-    except (SyntaxError, ValueError, OSError) as error:
-        return f"{file.name}: {error}"
+    except SyntaxError as error:
+        return f"not valid Python: {_syntax(error, str(file))}"
+    except (ValueError, OSError) as error:
+        return f"{file}: {error}"
     for imported in _imports(body):
         if imported not in sys.modules and importlib.util.find_spec(imported) is None:
             return f"needs the module {imported}, which is not installed"

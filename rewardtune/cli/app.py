@@ -104,6 +104,8 @@ def validate(
     if as_json:
         show_json([{key: value for key, value in result.items() if key != "exit_code"} for result in results])
     for result in results:
+        for notice in result["notices"]:
+            print(f"note: {printable(notice)}", file=sys.stderr)
         if not as_json and result["ok"]:
             show(f"ok: {result['summary']}")
         elif not result["ok"]:
@@ -115,7 +117,7 @@ def validate(
 
 def _validated(word: str, overrides: list[str]) -> dict[str, Any]:
     """One entry of `validate --json`."""
-    result: dict[str, Any] = {"file": word, "ok": True, "summary": "", "error": None, "exit_code": 0}
+    result: dict[str, Any] = {"file": word, "ok": True, "summary": "", "notices": [], "error": None, "exit_code": 0}
     try:
         if word.endswith(DATA_SUFFIXES):
             from rewardtune.data.records import validate_file
@@ -125,6 +127,7 @@ def _validated(word: str, overrides: list[str]) -> dict[str, Any]:
             from rewardtune.recipe.file import load_recipe
 
             loaded = load_recipe(word, overrides, files=True)
+            result["notices"] = list(loaded.notices)
             result["summary"] = f"{loaded.source}: task {loaded.recipe.task}, {loaded.recipe.train.steps} steps"
     except RewardTuneError as error:
         result |= {"ok": False, "error": str(error), "exit_code": error.exit_code}

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 import rewardtune
-from rewardtune.errors import RewardTuneError
+from rewardtune.errors import OutOfMemoryError, RewardTuneError
 
 OUR_FAULT = 70
 """Exit code for an error that no check foresaw; no other code has this meaning."""
@@ -40,7 +40,8 @@ TracebackOption = Annotated[bool, typer.Option("--traceback", help="Show where i
 
 
 def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as a command. It gets --plugin (imported before it runs) and --traceback."""
+    """Register a function as a command. It gets --plugin (imported before it runs) and --traceback; its own --device,
+    if it has one, names a device of this machine."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
@@ -54,6 +55,11 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
 
                     for source in plugin:
                         load_plugin(source)
+                if arguments.get("device") is not None:
+                    from rewardtune import devices
+
+                    # before anything loads, and in the words that a recipe's train.device gets
+                    devices.find(arguments["device"], key="--device")
                 function(**arguments)
 
         signature = inspect.signature(function, eval_str=True)
@@ -86,12 +92,30 @@ def errors_as_paragraphs(*, traceback: bool) -> Iterator[None]:
         sys.stdout = None
         raise typer.Exit(0) from None
     except OSError as error:
-        _leave(error, f"the system refused: {error}", DISK, traceback=traceback)
+        said = str(error)
+        if error.filename and error.strerror:
+            said = f"{error.filename}: {error.strerror}. Name another place, or make room or give rights there."
+        _leave(error, f"the system refused: {said}", DISK, traceback=traceback)
     except Exception as error:
+        if _out_of_memory(error):
+            found = str(error).strip().partition("\n")[0].rstrip(".")
+            said = (
+                f"out of memory ({found or 'no details'}). Do less at once (a smaller batch size or smaller pictures), "
+                "name another device, or end what else uses its memory."
+            )
+            _leave(error, said, OutOfMemoryError.exit_code, traceback=traceback)
         where = _elsewhere(error)
         whose = f"raised in {where}, a plug-in's file" if where else "this is a fault of rewardtune"
         said = f"unexpected {type(error).__name__}: {error} ({whose}; --traceback shows more)"
         _leave(error, said, OUR_FAULT, traceback=traceback)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether it is Python's, CUDA's or torch's message of exhausted memory; known without importing torch."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error))
+    )
 
 
 def _elsewhere(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from rewardtune.cli.command import Json, command, quiet_stdout, show, show_json, show_table
-from rewardtune.errors import CheckFailed, DataError, PluginError, RecipeError
+from rewardtune.errors import CheckFailed, DataError, DiskError, PluginError, RecipeError
 from rewardtune.registry import BUILT_IN
 
 rewards = typer.Typer(help="Rewards: what there is, what each one is, and whether it keeps the contract.")
@@ -273,9 +273,9 @@ def recipes_list(as_json: Json = False) -> None:
 @command(recipes, "show")
 def recipes_show(name: Annotated[str, typer.Argument(help="A name of `recipes list`, or a file.")]) -> None:
     """The recipe's text."""
-    from rewardtune.recipe.shipped import find_recipe
+    from rewardtune.recipe.shipped import find_recipe, read_recipe
 
-    show(find_recipe(name).read_text(encoding="utf-8").rstrip("\n"))
+    show(read_recipe(find_recipe(name)).rstrip("\n"))
 
 
 @command(recipes, "copy")
@@ -284,17 +284,19 @@ def recipes_copy(
     path: Annotated[Path, typer.Argument(help="A new file, or a folder to put it in.")],
 ) -> None:
     """Copy a shipped recipe beside your work, to edit it."""
-    from rewardtune.recipe.shipped import find_recipe
+    from rewardtune.recipe.shipped import find_recipe, read_recipe
 
     source = find_recipe(name)
     target = path / source.name if path.is_dir() else path
     if target.exists():
         raise RecipeError(f"{target} is there already; name another file, so that nothing is overwritten.")
-    text = source.read_text(encoding="utf-8")
+    text = read_recipe(source)
     # Shipped recipes name the schema beside them; a copy elsewhere names the installed file.
     schema = (source.parent / found[1]).resolve() if (found := _SCHEMA.search(text)) else None
     if schema is not None and schema.is_file():
         text = _SCHEMA.sub(lambda match: match[0].replace(match[1], schema.as_uri()), text, count=1)
+    if not target.parent.is_dir():
+        raise DiskError(f"{target} cannot be written: {target.parent} is no folder. Make it first, or name another.")
     target.write_text(text, encoding="utf-8")
     show(str(target))
 

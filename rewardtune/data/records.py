@@ -247,7 +247,8 @@ def _locate(source: str | Path) -> Path:
     if not path.exists():
         raise DataError(f"{path}: there is no such file.")
     if not path.is_file():
-        raise DataError(f"{path}: not a regular file.")
+        what = "a folder, and a file is wanted" if path.is_dir() else "not a regular file (a device or pipe)"
+        raise DataError(f"{path}: this is {what}.")
     return path
 
 

@@ -92,10 +92,10 @@ class ImageFolder:
         try:
             resolved = self._real(name)
             if not resolved.is_relative_to(self.root):
-                return f"{short(name)} leaves the folder {self.folder}; put the picture under it."
+                return f"{short(name)} leaves the folder {self.folder.absolute()}; put the picture under it."
             mode = os.stat(resolved).st_mode
         except FileNotFoundError:
-            return f"there is no file {short(name)} under {self.folder}."
+            return f"there is no file {short(name)} under {self.folder.absolute()}."
         except (OSError, ValueError, RuntimeError) as error:
             return f"{short(name)} cannot be opened ({error})."
         if not stat.S_ISREG(mode):
@@ -126,7 +126,12 @@ def read_rows(path: Path, mistakes: Mistakes) -> Iterator[tuple[int, Row]]:
     """Rows of a .jsonl or .parquet file with their line (or row) numbers; null columns are left out."""
     suffix = path.suffix.lower()
     if suffix not in (".jsonl", ".parquet"):
-        raise DataError(f"{path}: expected a .jsonl or .parquet file (or .txt for prompts), found {suffix!r}.")
+        if suffix == ".txt":
+            raise DataError(
+                f"{path}: a .txt file holds prompts alone; give rows with other columns as .jsonl or .parquet."
+            )
+        found = f"the name ends in {suffix}" if suffix else "the name has no ending"
+        raise DataError(f"{path}: expected a .jsonl or .parquet file (or .txt for prompts), and {found}.")
     ids: dict[str, int] = {}
     for line, row in _parquet_rows(path) if suffix == ".parquet" else _json_rows(path, mistakes):
         row = {name: value for name, value in row.items() if value is not None}

@@ -93,6 +93,8 @@ def _missing(column: str, layout: Layout, free: list[str]) -> str:
 
 def _columns(path: Path) -> list[str]:
     if not path.is_file():
+        if path.is_dir():
+            raise DataError(f"{path}: this is a folder; name the tables in it, .parquet, .json or .jsonl.")
         raise DataError(f"{path}: {'not a regular file' if path.exists() else 'there is no such file'}.")
     if path.suffix.lower() == ".parquet":
         with _parquet(path) as file:

@@ -15,14 +15,14 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from rewardtune.errors import DataError, RecipeError
+from rewardtune.errors import DataError, RecipeError, RewardTuneError
 from rewardtune.recipe import strict_yaml
 from rewardtune.recipe.mistakes import Loc, Mistake, dotted, schema_mistakes, shown
 from rewardtune.recipe.sections import TASKS, DirectRewardRecipe, Recipe, RewardSftRecipe, SftRecipe
-from rewardtune.recipe.shipped import find_recipe
+from rewardtune.recipe.shipped import find_recipe, read_recipe
 from rewardtune.recipe.strict_yaml import Document
 from rewardtune.recipe.suggest import closest
-from rewardtune.recipe.validate import check_files, check_joins
+from rewardtune.recipe.validate import check_files, check_joins, unused
 
 MAX_SHOWN = 30
 
@@ -39,6 +39,8 @@ class LoadedRecipe:
     """`name:` of the recipe, else the file's name."""
     overrides: tuple[str, ...] = ()
     """`a.b=c` as given on the command line."""
+    notices: tuple[str, ...] = ()
+    """A sentence each for what is no mistake and may not be meant."""
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -60,7 +62,23 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), *, file
     DataError when only data files are at fault.
     """
     source = find_recipe(path_or_name)
-    text = _read(source)
+    text = read_recipe(source)
+    recipe, found = _checked(source, text, overrides, files=files)
+    if found:
+        raise _error(source, _brought_about(found, source, text, overrides, files=files))
+    assert recipe is not None
+    return LoadedRecipe(
+        recipe=recipe,
+        source=source,
+        text=text,
+        name=recipe.name or source.stem,
+        overrides=tuple(overrides),
+        notices=unused(recipe),
+    )
+
+
+def _checked(source: Path, text: str, overrides: Sequence[str], *, files: bool) -> tuple[Any, list[_Located]]:
+    """The recipe, None where the schema refuses it, and every mistake of the file with these overrides."""
     document = strict_yaml.parse(text, name=str(source))
     found = [_Located(Mistake(loc, message), line, "") for loc, line, message in document.mistakes]
     applied: dict[Loc, str] = {}
@@ -68,31 +86,15 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), *, file
         found += _override(document, override, applied)
     data = document.data
     if not isinstance(data, dict):
-        raise RecipeError(f"{source}: a recipe is a mapping of sections (task, pipeline, data, ...); this holds none.")
+        raise RecipeError(
+            f"{source}: a recipe is a mapping of sections (task, pipeline, data, ...); this holds none. "
+            "`rewardtune recipes copy pocket/zreward my.yaml` gives one to start from."
+        )
     recipe, mistakes = _validate(data)
     told = {mistake.loc for mistake in mistakes}
     further = check_joins(data) + (check_files(data) if files else [])
     mistakes += [mistake for mistake in further if mistake.loc not in told]
-    found += [_located(mistake, document, applied) for mistake in mistakes]
-    if found:
-        raise _error(source, found)
-    assert recipe is not None
-    return LoadedRecipe(
-        recipe=recipe, source=source, text=text, name=recipe.name or source.stem, overrides=tuple(overrides)
-    )
-
-
-def _read(source: Path) -> str:
-    if source.stat().st_size > strict_yaml.MAX_BYTES:
-        raise RecipeError(
-            f"{source}: {source.stat().st_size:,} bytes are more than a recipe may have ({strict_yaml.MAX_BYTES:,})."
-        )
-    try:
-        return source.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{source}: this is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-    except OSError as error:
-        raise RecipeError(f"{source}: cannot be read: {error.strerror}.") from error
+    return recipe, found + [_located(mistake, document, applied) for mistake in mistakes]
 
 
 # -------------------------------------------------------------------------------------------------------- overrides
@@ -105,11 +107,35 @@ def format_overrides(values: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Located:
-    """A mistake and where its author finds it: a line of the file, or an override."""
+    """A mistake and where its author finds it: a line of the file, an override, or both where they do not fit."""
 
     mistake: Mistake
     line: int | None
     override: str
+
+
+def _brought_about(
+    found: Sequence[_Located], source: Path, text: str, overrides: Sequence[str], *, files: bool
+) -> list[_Located]:
+    """Name the overrides without which a mistake would not be there, where it lies between settings: what an override
+    says may be right by itself and not fit a line of the file, which its author has no reason to look at."""
+    if all(one.override for one in found):
+        return list(found)
+    everything = {one.mistake for one in found}
+    without: dict[str, set[Mistake]] = {}
+    for left_out in dict.fromkeys(overrides):
+        try:
+            _, rest = _checked(source, text, [other for other in overrides if other != left_out], files=files)
+        except RewardTuneError:
+            continue  # the others cannot be read without it
+        left = {one.mistake for one in rest}
+        if left <= everything:  # else what is wrong without it may hide what is looked for
+            without[f"override {left_out!r}"] = left
+    told = []
+    for one in found:
+        culprits = [] if one.override else [place for place, left in without.items() if one.mistake not in left]
+        told.append(_Located(one.mistake, one.line, " and ".join(culprits) or one.override))
+    return told
 
 
 def _override(document: Document, override: str, applied: dict[Loc, str]) -> list[_Located]:
@@ -120,7 +146,7 @@ def _override(document: Document, override: str, applied: dict[Loc, str]) -> lis
         raise RecipeError(f"{place}: write it as section.key=value, for example train.steps=100.")
     if not isinstance(document.data, dict):
         document.data = {}
-    parsed = strict_yaml.parse(text, name=place)
+    parsed = strict_yaml.parse(text, name=place, numbered=False)
     loc: Loc = ()
     target: Any = document.data
     parts = key.split(".")
@@ -140,7 +166,10 @@ def _override(document: Document, override: str, applied: dict[Loc, str]) -> lis
         else:
             if isinstance(target, dict) and target.get(part) is None:
                 target[part] = {}
+                applied[loc] = place  # a section that the file does not have, so nothing wrong with it is the file's
             target = target[step]
+    for below in [other for other in applied if other[: len(loc)] == loc]:
+        del applied[below]  # what an earlier override said there is gone
     applied[loc] = place
     return [_Located(Mistake((*loc, *inner), message), None, place) for inner, _, message in parsed.mistakes]
 
@@ -201,11 +230,16 @@ def _error(source: Path, found: Sequence[_Located]) -> RecipeError | DataError:
     """One line a mistake, in the order of the file, overrides last."""
     lines = []
     for one in sorted(found, key=lambda one: (bool(one.override), one.line or 0)):
-        place = one.override or (f"{source}:{one.line}" if one.line else str(source))
+        line = f"{source}:{one.line}" if one.line else ""
+        place = " with ".join(part for part in (one.override, line) if part) or str(source)
         message = one.mistake.message
         lines.append(f"{place}: {message}" + ("" if message.endswith((".", "?")) else "."))
     if len(lines) > MAX_SHOWN:
         lines[MAX_SHOWN:] = [f"... and {len(lines) - MAX_SHOWN} more."]
     if len(lines) > 1:
-        lines.insert(0, f"{source} has {len(found)} mistakes.")
+        by_override = [bool(one.override) for one in found]
+        whose = "The overrides have" if all(by_override) else f"{source} has"
+        if any(by_override) and not all(by_override):
+            whose = f"{source} and the overrides have"
+        lines.insert(0, f"{whose} {len(found)} mistakes.")
     return (DataError if all(one.mistake.data for one in found) else RecipeError)("\n".join(lines))

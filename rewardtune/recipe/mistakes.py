@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -93,7 +93,21 @@ def _say(details: list[Any], loc: Loc, cls: type[BaseModel], data: Any, at: Loc)
     if kind == "literal_error":
         known = context["expected"].replace("'", "").replace(" or ", ", ")
         return f"{where} is {shown(value)} (it can be {known}){closest(str(value), known.split(', '))}"
-    return f"{where} is {shown(value)}; expected {_wanted(detail)}"
+    return f"{where} is {shown(value)}; expected {_wanted(detail)}{_instead(value, (*at, *loc), cls)}"
+
+
+_SWITCHED_OFF: Mapping[Loc, str] = {("samples",): "no samples are drawn with samples.prompts=[]"}
+"""Sections that people try to switch off with a word in their place, and what does it."""
+
+
+def _instead(value: Any, loc: Loc, cls: type[BaseModel]) -> str:
+    """What to write for a section that has nothing in it, or that is meant to be off."""
+    if loc in _SWITCHED_OFF and value in (None, False, "off", "none", "no"):
+        return f"; {_SWITCHED_OFF[loc]}"
+    field = cls.model_fields.get(str(loc[0])) if len(loc) == 1 else None
+    if value is None and field is not None and isinstance(field.default, BaseModel):
+        return "; leave it out, or write {}, for its defaults"
+    return ""
 
 
 def _wanted(detail: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ MAX_NODES = 10_000
 """Values, counted after aliases are expanded: a hundred aliases can stand for billions."""
 
 Path = tuple[str | int, ...]
+At = Callable[[int], str]
+"""A line, from 1, as a message names it; 0 for none."""
 
 
 @dataclass
@@ -55,38 +58,44 @@ _resolves(
 )
 
 
-def parse(text: str, *, name: str) -> Document:
+def parse(text: str, *, name: str, numbered: bool = True) -> Document:
     """Data of one YAML document.
 
-    `name` is the file in messages. Raises RecipeError for what cannot be read at all: syntax, tags, limits.
+    `name` is the file in messages, with the line; not numbered: a text without lines of a file, such as an override.
+    Raises RecipeError for what cannot be read at all: syntax, tags, limits.
     """
+
+    def at(line: int) -> str:
+        return f"{name}:{line}" if numbered and line else name
+
     if len(text) > MAX_BYTES:
         raise RecipeError(f"{name}: {len(text):,} characters are more than a recipe may have ({MAX_BYTES:,}).")
     try:
-        _check_events(text, name=name)
+        _check_events(text, at=at)
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f"{mark.line + 1}:" if mark else ""
         reason = "; ".join(part for part in (error.context, error.problem) if part)
-        raise RecipeError(f"{name}:{line} this is not valid YAML: {reason}.") from error
+        if "'\\t'" in reason:
+            reason += "; indent with spaces, for YAML takes no tabs"
+        raise RecipeError(f"{at(mark.line + 1 if mark else 0)}: this is not valid YAML: {reason}.") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: this is not valid YAML: {' '.join(str(error).split())}.") from error
     document = Document(None)
     if node is not None:
-        document.data = _construct(node, (), document, name=name)
+        document.data = _construct(node, (), document, at=at)
     return document
 
 
-def _check_events(text: str, *, name: str) -> None:
+def _check_events(text: str, *, at: At) -> None:
     """Refuse tags, deep nesting, many aliases and endless lists before any tree is built."""
     depth = aliases = 0
     for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
         line = event.start_mark.line + 1 if event.start_mark else 0
         if count > MAX_NODES:
-            raise RecipeError(f"{name}:{line}: more than {MAX_NODES:,} values; this is not a recipe.")
+            raise RecipeError(f"{at(line)}: more than {MAX_NODES:,} values; this is not a recipe.")
         if (tag := getattr(event, "tag", None)) is not None:
-            raise RecipeError(f"{name}:{line}: a YAML tag ({tag}) is not allowed in a recipe; write plain values.")
+            raise RecipeError(f"{at(line)}: a YAML tag ({tag}) is not allowed in a recipe; write plain values.")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -94,32 +103,32 @@ def _check_events(text: str, *, name: str) -> None:
         elif isinstance(event, yaml.AliasEvent):
             aliases += 1
         if depth > MAX_DEPTH:
-            raise RecipeError(f"{name}:{line}: nested deeper than {MAX_DEPTH} levels; a recipe needs five or six.")
+            raise RecipeError(f"{at(line)}: nested deeper than {MAX_DEPTH} levels; a recipe needs five or six.")
         if aliases > MAX_ALIASES:
-            raise RecipeError(f"{name}:{line}: more than {MAX_ALIASES} aliases (*name); write the values out.")
+            raise RecipeError(f"{at(line)}: more than {MAX_ALIASES} aliases (*name); write the values out.")
 
 
-def _construct(node: yaml.Node, path: Path, document: Document, *, name: str) -> Any:
+def _construct(node: yaml.Node, path: Path, document: Document, *, at: At) -> Any:
     """The value of a node; every alias gives a copy, so that overrides change one place only."""
     document.size += 1
     line = node.start_mark.line + 1
     if document.size > MAX_NODES:
-        raise RecipeError(f"{name}:{line}: aliases (*name) expand to more than {MAX_NODES:,} values; write them out.")
+        raise RecipeError(f"{at(line)}: aliases (*name) expand to more than {MAX_NODES:,} values; write them out.")
     if len(path) > MAX_DEPTH:
-        raise RecipeError(f"{name}:{line}: nested deeper than {MAX_DEPTH} levels (does an alias contain itself?).")
+        raise RecipeError(f"{at(line)}: nested deeper than {MAX_DEPTH} levels (does an alias contain itself?).")
     if isinstance(node, yaml.SequenceNode):
         items = []
         for index, item in enumerate(node.value):
             document.lines[(*path, index)] = item.start_mark.line + 1
-            items.append(_construct(item, (*path, index), document, name=name))
+            items.append(_construct(item, (*path, index), document, at=at))
         return items
     if isinstance(node, yaml.MappingNode):
-        return _mapping(node, path, document, name=name)
+        return _mapping(node, path, document, at=at)
     assert isinstance(node, yaml.ScalarNode)
     return _scalar(node, path, document)
 
 
-def _mapping(node: yaml.MappingNode, path: Path, document: Document, *, name: str) -> dict[str, Any]:
+def _mapping(node: yaml.MappingNode, path: Path, document: Document, *, at: At) -> dict[str, Any]:
     mapping: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
@@ -129,10 +138,11 @@ def _mapping(node: yaml.MappingNode, path: Path, document: Document, *, name: st
         key = key_node.value
         if key in mapping:
             first = document.lines[(*path, key)]
-            document.mistakes.append(((*path, key), line, f"key '{key}' is given twice (first on line {first})"))
+            where = f" (first on line {first})" if first != line else ""
+            document.mistakes.append(((*path, key), line, f"key '{key}' is given twice{where}"))
             continue
         document.lines[(*path, key)] = line
-        mapping[key] = _construct(value_node, (*path, key), document, name=name)
+        mapping[key] = _construct(value_node, (*path, key), document, at=at)
     return mapping
 
 

@@ -20,7 +20,8 @@ from rewardtune.diffusion import families
 from rewardtune.errors import DataError, PluginError, RecipeError, RewardTuneError
 from rewardtune.plugins import RewardCard
 from rewardtune.recipe.mistakes import Loc, Mistake, dotted, schema_mistakes, value_at
-from rewardtune.recipe.sections import RolloutSection
+from rewardtune.recipe.packages import check_packages
+from rewardtune.recipe.sections import DirectRewardRecipe, Recipe, RolloutSection
 from rewardtune.recipe.suggest import closest
 
 HEAD_BYTES = 1_000_000
@@ -29,7 +30,8 @@ HEAD_ROWS = 50
 
 
 def check_joins(data: Mapping[str, Any]) -> list[Mistake]:
-    """Rewards: known, loadable, differentiable where a task needs it, with options and dimensions of their own."""
+    """Rewards: known, loadable, differentiable where a task needs it, with options and dimensions of their own.
+    Trackers and optimisers: their packages are installed."""
     mistakes: list[Mistake] = []
     for loc, entry in _reward_entries(data):
         if loc == _JUDGE:
@@ -42,7 +44,25 @@ def check_joins(data: Mapping[str, Any]) -> list[Mistake]:
     family = value_at(data, ("pipeline", "family"))
     if isinstance(family, str):
         mistakes += _check_family(family, data)
-    return mistakes
+    return [*mistakes, *check_packages(data)]
+
+
+def unused(recipe: Recipe) -> tuple[str, ...]:
+    """A sentence for settings that its author gave and that another one leaves without effect."""
+    if not isinstance(recipe, DirectRewardRecipe) or recipe.rollout.guidance != "off":
+        return ()
+    # a scale of 0 or 1 is how families themselves say that there is no guidance
+    rollout, given = recipe.rollout, recipe.rollout.model_fields_set
+    idle = [f"rollout.guidance_scale {rollout.guidance_scale:g}"] if rollout.guidance_scale not in (0, 1) else []
+    idle = [text for text in idle if "guidance_scale" in given]
+    idle += ["rollout.negative_prompt"] if rollout.negative_prompt else []
+    if not idle:
+        return ()
+    has, it = ("have", "them") if len(idle) > 1 else ("has", "it")
+    return (
+        f"{' and '.join(idle)} {has} no effect, since rollout.guidance is off; leave {it} out, or write rollout."
+        "guidance: detached-negative or full.",
+    )
 
 
 def check_files(data: Mapping[str, Any]) -> list[Mistake]:
@@ -306,6 +326,8 @@ def _check_reference(loc: Loc, reference: Any, check: Callable[[str], object]) -
 
 def _existing(reference: str) -> Path:
     path = pocket_path(reference) if reference.startswith(PREFIX) else Path(reference).expanduser()
+    if path.is_dir():
+        raise RecipeError(f"{reference!r} is a folder, and a file is wanted")
     if not path.is_file():
         raise RecipeError(f"there is no file {reference!r} (relative paths start at {Path.cwd()})")
     return path

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rewardtune.errors import MissingExtra, RecipeError
+from rewardtune.recipe.packages import OPTIMIZERS
 from rewardtune.training.shard import held
 
-NAMES = ("adamw", "adamw8bit", "muon", "prodigy")
 _IN_A_BLOCK = re.compile(r"\.\d+\..+\.")
 """A weight inside a numbered block (`layers.3.attention.to_q.weight`), not an embedding, a first or a last layer."""
 
@@ -97,7 +97,7 @@ def build(
         except ImportError as error:
             raise MissingExtra("optimizer.name prodigy needs prodigyopt: pip install prodigyopt.") from error
         return Prodigy(weights, **settings)  # type: ignore[no-any-return]
-    raise RecipeError(f"optimizer.name {name!r} is unknown; there are: {', '.join(NAMES)}.")
+    raise RecipeError(f"optimizer.name {name!r} is unknown; there are: {', '.join(OPTIMIZERS)}.")
 
 
 def build_schedule(

@@ -51,6 +51,9 @@ def train_recipe(
     folder = Path(out) if out is not None else Path("runs") / loaded.name
     if nproc < 1:
         raise RecipeError(f"--nproc {nproc}: give 1 or more processes.")
+    if os.environ.get("RANK", "0") == "0":
+        for notice in loaded.notices:
+            print(f"note: {notice}", file=sys.stderr)
     if nproc > 1 and "RANK" not in os.environ:
         from rewardtune.training import launch
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 FINISHED = "finished.json"
 REWARDS = "rewards.json"
+BEFORE_TRAINING = {".lock", "recipe.yaml", "recipe.json", REWARDS}
+"""What a run folder holds before its first look, picture or step."""
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 
 
@@ -77,6 +79,10 @@ def prepare(
             f"{folder} is not empty and holds no recipe.json, so it is no run folder. Name another folder with --out, "
             "or use --fresh to move it aside."
         )
+    if old is not None and {path.name for path in folder.iterdir()} <= BEFORE_TRAINING:
+        # it ended while models loaded, and the change of the recipe may be what mends that: nothing is lost
+        (folder / REWARDS).unlink(missing_ok=True)
+        old = None
     if old is not None:
         changes = _changes({**_completed(old["recipe"]), "plugins": old["plugins"]}, {**resolved, "plugins": hashes})
         refused = [key for key in changes if not any(key == a or key.startswith(f"{a}.") for a in _split(allow))]
@@ -193,9 +199,18 @@ def _completed(recipe: dict[str, Any]) -> dict[str, Any]:
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Dotted keys whose values differ -> (old, new) as JSON."""
     flat_old, flat_new = _flatten(old), _flatten(new)
-    keys = sorted(flat_old.keys() | flat_new.keys())
-    shown = {key: (flat_old.get(key, "not there"), flat_new.get(key, "not there")) for key in keys}
-    return {key: pair for key, pair in shown.items() if pair[0] != pair[1]}
+    changes: dict[str, tuple[str, str]] = {}
+    for key in sorted(flat_old.keys() | flat_new.keys()):
+        before, now = flat_old.get(key), flat_new.get(key)
+        if before == now:
+            continue
+        around = [".".join(key.split(".")[:n]) for n in range(1, key.count(".") + 1)]
+        if any((flat_old if before is None else flat_new).get(name) == "null" for name in around):
+            continue  # of a section that only one of them has, its name says it all
+        sections = [any(other.startswith(f"{key}.") for other in flat) for flat in (flat_old, flat_new)]
+        absent = ["a section" if section else "not there" for section in sections]
+        changes[key] = (before or absent[0], now or absent[1])
+    return changes
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, str]:

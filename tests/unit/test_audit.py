@@ -122,7 +122,12 @@ def test_the_command_prints_a_table_or_json(recipe, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("spec", "words"),
-    [("draff", "There are refl, draft"), ("draft:steps=2", "steps"), ("draft:last_steps=9", "needs 9 steps")],
+    [
+        ("draff", r"no method 'draff' \(there are refl, draft, .*; did you mean 'draft'\?$"),
+        ("draft:steps=2", r"^--methods draft:steps=2: key 'steps' unknown in options; did you mean 'last_steps'\?$"),
+        ("draft:last_steps=x", "options.last_steps is the text 'x'; expected a whole number or 'all'.$"),
+        ("draft:last_steps=9", "needs 9 steps"),
+    ],
 )
 def test_methods_that_do_not_fit_are_refused(recipe, spec, words):
     with pytest.raises(RecipeError, match=words):

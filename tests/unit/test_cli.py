@@ -159,21 +159,43 @@ def test_python_m_does_not_take_a_users_own_folder_for_ours(folder):
         ("validate recipe.yaml data.prompts=nowhere.txt", 2, "no file 'nowhere.txt'"),
         ("validate train.steps=5", 2, "name at least one recipe or data file"),
         ("validate empty.txt", 3, "no prompts"),
+        ("train prompts.txt", 2, "this holds none. `rewardtune recipes copy pocket/zreward my.yaml` gives one"),
+        ("validate tab.yaml", 2, "tab.yaml:2: this is not valid YAML: while scanning for the next token; found ch"),
+        ("validate tab.yaml", 2, "cannot start any token; indent with spaces, for YAML takes no tabs."),
+        ("score --reward jpeg-size --images rows.jsonl", 3, "there is no file 'a.png' under /"),
         ("validate control.txt", 3, "control.txt"),
         ("rewards show zrewrd", 2, "did you mean 'zreward'?"),
         ("rewards test os:system", 2, "os"),
         ("recipes show nothing", 2, "no shipped recipe has this name"),
+        ("recipes show latin.yaml", 2, "latin.yaml: this is not UTF-8 text (invalid continuation byte at byte 6)"),
+        ("recipes copy latin.yaml copy.yaml", 2, "this is not UTF-8 text"),
         ("recipes copy pocket/base-sft prompts.txt", 2, "is there already"),
-        ("recipes copy pocket/base-sft nowhere/x.yaml", 6, "No such file or directory"),
+        ("recipes copy pocket/base-sft nowhere/x.yaml", 6, "cannot be written: nowhere is no folder. Make it first"),
+        ("train recipe.yaml data.prompts=folder", 2, "data.prompts: 'folder' is a folder, and a file is wanted."),
+        ("validate folder", 2, "recipe 'folder' is a folder"),
+        ("rewards test zreward --prompts folder", 3, "folder: this is a folder, and a file is wanted"),
+        ("score --reward jpeg-size --images prompts.txt", 3, "prompts.txt: a .txt file holds prompts alone"),
+        ("score --reward jpeg-size --images nameless", 3, "and the name has no ending"),
+        ("data import pickapic-v2 folder --out out", 3, "folder: this is a folder; name the tables in it"),
+        ("rewards new my-reward --out prompts.txt", 6, "the system refused: prompts.txt: File exists. Name another"),
         ("score --reward zrewrd --images .", 2, "did you mean 'zreward'?"),
         ("score --reward zreward --images nowhere --prompts prompts.txt", 3, "no such folder or manifest"),
         ("evaluate --scorer nowhere --data nowhere.jsonl", 3, "nowhere.jsonl"),
         ("compare", 2, "needs sides"),
         ("export nowhere", 2, "nowhere"),
+        ("score --reward jpeg-size --images . --device gpu", 2, "--device 'gpu' is no device. Write cpu, cuda, cuda:1"),
+        ("rewards test zreward --device cuda:99", 2, "--device 'cuda:99' is not on this machine. It has cpu"),
+        ("evaluate --scorer nowhere --data nowhere.jsonl --device gpu", 2, "--device 'gpu' is no device"),
+        ("compare --device gpu", 2, "--device 'gpu' is no device"),
     ],
 )
 def test_bad_input_is_one_paragraph_with_its_code(run, folder, words, code, said):
     (folder / "empty.txt").write_text("\n")
+    (folder / "folder").mkdir()
+    (folder / "tab.yaml").write_text("train:\n\tsteps: 3\n")
+    (folder / "rows.jsonl").write_text('{"image": "a.png"}\n')
+    (folder / "nameless").write_text("x\n")
+    (folder / "latin.yaml").write_bytes("name: é:a".encode("latin-1"))
     (folder / "control.txt").write_text("a \x1b[2J fox\n")
     (folder / "broken.py").write_text("1 / 0\n")
     before = sorted(folder.rglob("*"))
@@ -205,6 +227,25 @@ def test_an_unforeseen_error_is_our_fault_and_says_so(run, folder):
     from rewardtune import registry
 
     del registry.rewards._decorated["brightness"]
+
+
+@pytest.mark.parametrize(
+    ("raises", "said"),
+    [
+        ("MemoryError", "out of memory (no details). Do less at once"),
+        ("torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')", "(CUDA out of memory. Tried to allocate)"),
+        ("RuntimeError('[enforce fail] DefaultCPUAllocator: can\\'t allocate memory')", "DefaultCPUAllocator"),
+    ],
+)
+def test_memory_that_runs_out_while_a_reward_loads_has_its_code(run, folder, raises, said):
+    (folder / "plugin.py").write_text(
+        "import torch\n" + PLUGIN.replace("return cls(config.power)", f"raise {raises}").replace("brightness", "greedy")
+    )
+    code, _, err = run("rewards", "test", "greedy", "--plugin", "plugin.py")
+    from rewardtune import registry
+
+    del registry.rewards._decorated["greedy"]
+    assert (code, said in err) == (5, True), err
 
 
 def test_control_characters_never_reach_the_terminal():
@@ -365,6 +406,24 @@ def test_validate_json_tells_each_file_apart(run, folder):
     assert "bad.yaml:7: train.steps" in bad["error"]
     assert data["ok"] is True
     assert "bad.yaml:7" in err
+
+
+@pytest.mark.parametrize(
+    ("rollout", "said"),
+    [
+        ("{guidance: off}", ""),
+        ("{guidance: off, guidance_scale: 1}", ""),
+        ("{guidance: full, guidance_scale: 3}", ""),
+        ("{guidance: off, guidance_scale: 3}", "rollout.guidance_scale 3 has no effect, since rollout.guidance is off"),
+        ("{guidance: off, guidance_scale: 4}", "rollout.guidance_scale 4 has no effect"),  # the default, but given
+        ("{guidance: off, guidance_scale: 3, negative_prompt: blurry}", "3 and rollout.negative_prompt have no effect"),
+    ],
+)
+def test_a_scale_that_is_given_and_not_used_is_noticed(run, rollout, said):
+    code, out, err = run("validate", "recipe.yaml", f"rollout={rollout}")
+    assert (code, err.startswith("note: "), said in err) == (0, bool(said), True)
+    code, out, _ = run("validate", "recipe.yaml", f"rollout={rollout}", "--json")
+    assert len(json.loads(out)[0]["notices"]) == bool(said)
 
 
 def test_the_schema_is_json(run):

@@ -187,7 +187,7 @@ def test_a_line_without_end_is_not_read_whole(folder: Path) -> None:
 def test_missing_files_and_unknown_endings(folder: Path, write: Write) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_prompts(folder / "none.txt")
-    with pytest.raises(DataError, match="not a regular file"):
+    with pytest.raises(DataError, match="this is a folder, and a file is wanted"):
         read_prompts(folder)
     with pytest.raises(DataError, match="not a regular file"):
         read_prompts("/dev/zero")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import re
+import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -217,19 +220,93 @@ def test_an_override_reaches_one_of_two_aliased_places_only(recipe):
         ("train.steps", "write it as section.key=value"),
         ("=3", "write it as section.key=value"),
         ("train..steps=3", "write it as section.key=value"),
-        ("train.steps=[1", "override 'train.steps=[1':1: this is not valid YAML"),
+        ("train.steps=[1", "override 'train.steps=[1': this is not valid YAML"),
+        ("train.steps=!!int 3", "override 'train.steps=!!int 3': a YAML tag"),
         ("train={steps: many}", "override 'train={steps: many}': train.steps is the text 'many'"),
-        ("train={steps: 1, steps: 2}", "override 'train={steps: 1, steps: 2}': key 'steps' is given twice"),
+        ("train={steps: 1, steps: 2}", "override 'train={steps: 1, steps: 2}': key 'steps' is given twice."),
+        ("trian.steps=3", "override 'trian.steps=3': key 'trian' unknown in a recipe of task direct_reward; did you"),
+        ("guard.every=5", "override 'guard.every=5': key 'prompts' is missing in guard"),
+        ("rollout.steps=2", "override 'rollout.steps=2': gradient.last_steps 3 exceeds rollout.steps 2"),
+        ("full={}", "override 'full={}': name one of `lora:` (adapters) and `full:`"),
     ],
 )
 def test_wrong_overrides_are_refused_as_such(recipe, override, said):
+    text = mistakes_of(recipe(), override)
+    assert said in text and "recipe.yaml" not in text
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("samples=null", "samples is empty; expected a section of keys and values; no samples are drawn with samples."),
+        ("samples=off", "no samples are drawn with samples.prompts=[]."),
+        ("checkpoint=null", "checkpoint is empty; expected a section of keys and values; leave it out, or write {}, "),
+        ("train=null", "train is empty; expected a section of keys and values."),
+    ],
+)
+def test_an_empty_section_is_told_what_to_write(recipe, override, said):
     assert said in mistakes_of(recipe(), override)
+    load_recipe(recipe(), ["samples.prompts=[]", "checkpoint={}"])
+
+
+def test_an_override_that_does_not_fit_a_line_of_the_file_is_named_with_it(recipe):
+    text = GOOD.replace("  - name: zreward\n    weight: 2", "  - {name: zreward}\n  - {name: warmth}")
+    said = mistakes_of(recipe(text.replace("rank: 8", "rank: x")), "task=sft", "train.steps=5").splitlines()
+    assert said[0].endswith("recipe.yaml and the overrides have 6 mistakes.")
+    places = [line.split(": ")[0] for line in said[1:]]
+    assert places[0].endswith("recipe.yaml:5") and places[1].endswith("recipe.yaml:13")  # their own
+    assert all(re.fullmatch(r"override 'task=sft' with \S*recipe\.yaml:\d+", place) for place in places[2:])
+
+
+def test_what_a_later_override_replaces_is_not_blamed(recipe):
+    said = mistakes_of(recipe(), "train.steps=many", "train={steps: 5, batch_size: 0}")
+    assert said == "override 'train={steps: 5, batch_size: 0}': train.batch_size is 0; expected more than 0."
+    load_recipe(recipe(), ["train.steps=many", "train.steps=5"])
+
+
+def test_overrides_that_do_not_fit_each_other_are_named_together(recipe):
+    said = mistakes_of(recipe(), "train.shard=true", "train.seed=1", "train.compile=true")
+    assert said.startswith("override 'train.shard=true' and override 'train.compile=true' with ")
 
 
 def test_python_overrides_read_like_the_command_line(recipe):
     words = format_overrides({"train.steps": 5, "optimizer.lr": 1e-5, "samples.prompts": ["a"], "lora.alpha": None})
     loaded = load_recipe(recipe(), words)
     assert (loaded.recipe.train.steps, loaded.recipe.optimizer.lr, loaded.recipe.samples.prompts) == (5, 1e-5, ["a"])
+
+
+# ------------------------------------------------------------------------------------------------------------ packages
+
+
+@pytest.mark.parametrize(
+    ("override", "absent", "said"),
+    [
+        ("track.wandb=offline", "wandb", "track.wandb needs wandb, which is not installed: pip install wandb; or"),
+        ("track.wandb=online", "wandb", "pip install wandb; or write track.wandb: off. The numbers"),
+        (
+            "track.tensorboard=true",
+            "tensorboard",
+            "pip install 'rewardtune[tensorboard]'; or write track.tensorboard: false. The numbers",
+        ),
+        ("optimizer.name=adamw8bit", "bitsandbytes", "needs bitsandbytes, which is not installed: pip install bits"),
+        ("optimizer.name=prodigy", "prodigyopt", "needs prodigyopt, which is not installed: pip install prodigyopt."),
+    ],
+)
+def test_a_package_that_a_setting_needs_is_asked_for_before_anything_loads(recipe, monkeypatch, override, absent, said):
+    for module in ("bitsandbytes", "prodigyopt", "wandb", "tensorboard", "tensorboardX"):
+        there = importlib.machinery.ModuleSpec(module, None)
+        monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(__spec__=there))
+    load_recipe(recipe(), [override])
+    monkeypatch.setitem(sys.modules, absent, None)
+    monkeypatch.setitem(sys.modules, f"{absent}X", None)
+    text = mistakes_of(recipe(), override, files=False)
+    assert text.startswith(f"override '{override}': ") and said in text
+    load_recipe(recipe(), ["track.wandb=off", "track.tensorboard=false", "optimizer.name=muon"])
+
+
+def test_an_optimiser_that_is_not_known_is_told_with_the_known_ones(recipe):
+    said = mistakes_of(recipe(), "optimizer.name=adam")
+    assert said.endswith("'adam' is unknown (there are adamw, adamw8bit, muon, prodigy); did you mean 'adamw'?")
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
@@ -389,7 +466,7 @@ def test_files_are_looked_at_wherever_they_are_named(recipe, tmp_path, key, over
 def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(recipe):
     text = GOOD.replace("rank: 8", "rank: x").replace("zreward", "nothing").replace("steps: 10", "stepz: 1")
     said = mistakes_of(recipe(text), "checkpoint.evry=3")
-    assert "has 5 mistakes" in said.splitlines()[0]
+    assert "recipe.yaml and the overrides have 5 mistakes" in said.splitlines()[0]
     assert re.findall(r"recipe\.yaml:(\d+):", said) == ["5", "12", "15", "16"]
     assert said.splitlines()[-1].startswith("override 'checkpoint.evry=3': key 'evry' unknown in checkpoint")
 

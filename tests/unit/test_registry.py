@@ -142,13 +142,14 @@ def test_two_different_decorated_classes_clash(rewards):
 @pytest.mark.parametrize(
     ("code", "seen_unloaded", "said"),
     [
-        ("def broken(:\n", "invalid syntax", "SyntaxError"),
+        ("\ndef broken(:\n", "broken_module.py, line 2)", "broken_module.py, line 2)."),
         ("import a_module_that_is_not_there\n", "a_module_that_is_not_there", "Install a_module_that_is_not_there"),
         ("raise RuntimeError('no licence\\nfound')\n", None, "RuntimeError: no licence found"),
         ("import sys\nsys.exit('bye')\n", None, "SystemExit: bye"),
         ("x = 1\n", None, "has no attribute 'Brightness'"),
         ("Brightness = 3\n", None, "is not a class but int"),
         ("class Brightness: pass\n", None, "it lacks card, Config, load"),
+        ("\nclass Brightness: pass\n", None, "broken_module.py, line 2) does not meet"),
         ("class Brightness:\n    card = 1\n    Config = dict\n    load = 1\n", None, "Options"),
     ],
 )
@@ -200,9 +201,10 @@ def test_a_module_given_with_plugin_is_imported(tmp_path, monkeypatch):
     ("code", "said"),
     [
         (None, "there is no such file"),
-        ("1 / 0\n", "ZeroDivisionError: division by zero"),
-        ("import nowhere_to_be_found\n", "Install nowhere_to_be_found"),
-        ("def broken(:\n", "SyntaxError"),
+        ("\n1 / 0\n", "ZeroDivisionError: division by zero ({file}, line 2)."),
+        ("import nowhere_to_be_found\n", "({file}, line 1). Install nowhere_to_be_found"),
+        ("\ndef broken(:\n", "does not load: SyntaxError: invalid syntax ({file}, line 2)."),
+        ("a\0b", "does not load: SyntaxError: source code string cannot contain null bytes."),
     ],
 )
 def test_a_plugin_that_fails_to_import_says_where_and_why(tmp_path, code, said):
@@ -211,10 +213,40 @@ def test_a_plugin_that_fails_to_import_says_where_and_why(tmp_path, code, said):
         file.write_text(code)
     with pytest.raises(PluginError) as caught:
         load_plugin(str(file))
-    assert said in str(caught.value)
+    assert said.format(file=file) in str(caught.value)
     assert str(file) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "registry.py" not in str(caught.value)
     assert not [name for name in sys.modules if name.startswith(f"rewardtune_plugin_{file.stem}")]
+
+
+def test_a_class_without_a_card_is_named_with_file_and_line(tmp_path):
+    file = tmp_path / "cardless.py"
+    file.write_text("import rewardtune\n@rewardtune.register_reward('cardless')\nclass Cardless:\n    pass\n")
+    load_plugin(str(file))
+    said = refusal(registry.rewards, "cardless")
+    del registry.rewards._decorated["cardless"]
+    assert said.startswith(f"reward 'cardless' from {file} (class Cardless, line 2) does not meet the contract")
+    assert "it lacks card, Config, load" in said and "rewards new" in said
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("warm", "no module of this name is installed. Install it, or give a file as a path that ends in .py. Did you"),
+        ("nothing_like_this.sub", "a path that ends in .py."),
+        ("folder.py", "is a folder, not a Python file."),
+        ("./prompts.txt", "prompts.txt is not a Python file: its name does not end in .py."),
+    ],
+)
+def test_what_is_no_plugin_says_what_one_is(tmp_path, monkeypatch, source, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "warm.py").touch()
+    (tmp_path / "prompts.txt").touch()
+    (tmp_path / "folder.py").mkdir()
+    with pytest.raises(PluginError) as caught:
+        load_plugin(source)
+    assert str(caught.value).startswith(f"--plugin {source}") and said in str(caught.value)
+    assert "registry.py" not in str(caught.value)
 
 
 def test_a_checkout_that_is_not_installed_says_so(rewards):

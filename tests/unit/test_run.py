@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -136,6 +137,36 @@ def test_another_recipe_is_refused_with_a_diff(tmp_path: Path) -> None:
     assert json.loads((folder / "recipe.json").read_text())["recipe"]["train"]["seed"] == 0
 
 
+def test_a_section_that_came_or_went_is_one_change(tmp_path: Path) -> None:
+    folder = run.train_recipe(tiny.tiny_recipe(), out=tmp_path / "a")
+    other = tiny.tiny_recipe(augment={"copies": 2}, lora=None, full={})
+    with pytest.raises(RecipeError) as caught:
+        run.train_recipe(other, out=folder)
+    said = str(caught.value)
+    assert "  augment: null -> a section\n  full: null -> " in said and "  lora: a section -> null\n" in said
+    assert "--allow-changed augment,full,lora to" in said
+    back = tiny.tiny_recipe(train={"seed": 1})
+    run.train_recipe(other, out=folder, allow_changed=["augment", "full,lora"])
+    with pytest.raises(RecipeError, match="augment: a section -> null\n"):
+        run.train_recipe(back, out=folder)
+
+
+def test_a_run_that_ended_before_its_training_takes_a_mended_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RecipeError("no such checkpoint")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["rewardtune.build"], "build_task", fails)
+        with pytest.raises(RecipeError, match="no such checkpoint"):
+            run.train_recipe(tiny.tiny_recipe(rewards=[{"name": "wrong"}]), out=tmp_path / "a")
+    (tmp_path / "a" / "rewards.json").write_text("[]")
+    folder = run.train_recipe(tiny.tiny_recipe(), out=tmp_path / "a")
+    assert json.loads((folder / "recipe.json").read_text())["recipe"]["rewards"][0]["name"] == "none"
+    assert (folder / "finished.json").exists() and not (folder / "rewards.json").exists()
+
+
 def test_a_setting_that_came_later_is_no_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run.train_recipe(tiny.tiny_recipe(), out=tmp_path / "a")
     record = json.loads((folder / "recipe.json").read_text())
@@ -200,6 +231,12 @@ def test_plugins_are_recorded_and_asked_for(tmp_path: Path) -> None:
     assert record["plugins"] == {"my_reward.py": hashlib.sha256(plugin.read_bytes()).hexdigest()}
     with pytest.raises(RecipeError, match=r"plugins\.my_reward\.py: .* -> not there"):
         run.train_recipe(tiny.tiny_recipe(task=broken), out=tmp_path / "a")
+
+
+def test_what_is_noticed_in_a_recipe_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = dataclasses.replace(tiny.tiny_recipe(), notices=("a scale has no effect.",))
+    run.train_recipe(loaded, out=tmp_path / "a", dry_run=True)
+    assert capsys.readouterr().err.count("note: a scale has no effect.\n") == 1
 
 
 def test_dry_run_does_it_all_once_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
