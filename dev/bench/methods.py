@@ -138,10 +138,14 @@ def draw(lines: list[dict[str, Any]], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    at = {line["method"]: (line["trained_gain"]["mean"], line["verdict_gain"]["mean"]) for line in lines}
     for line in lines:
         x, y = line["trained_gain"], line["verdict_gain"]
         axes.errorbar(x["mean"], y["mean"], xerr=x["half_width"], yerr=y["half_width"], fmt="o", capsize=2)
-        axes.annotate(line["method"], (x["mean"], y["mean"]), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        # its name stands to the left where another point is close on the right
+        left = any(0 < a - x["mean"] < 0.02 and abs(b - y["mean"]) < 0.004 for a, b in at.values())
+        axes.annotate(line["method"], at[line["method"]], textcoords="offset points", fontsize=8,
+                      xytext=(-5 if left else 5, 5), ha="right" if left else "left")  # fmt: skip
     axes.axhline(0, color="0.7", linewidth=0.8)
     axes.set_xlabel("gain of the trained reward")
     axes.set_ylabel("gain of the held-out judge's verdict")
