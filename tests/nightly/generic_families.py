@@ -1,7 +1,7 @@
 """Small pipelines of diffusers' real classes, with random weights, that `family: generic` is tried on.
 
 One function a pipeline. What they share with the families of our own comes from there: autoencoders, text encoders,
-tokenizers of words. Schedulers are of the class that the published checkpoints have.
+tokenizers of words. What rewrites prompts before they are drawn (ERNIE-Image, LongCat-Image) is left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import test_generic as usual
 import tiny
 import torch
 import transformers
-from families import flux_2_klein, qwen_image, sana
+from families import flux_2, flux_2_klein, qwen_image, sana
 from rewardtune.pipelines.generic import Generic
 
 from rewardtune.plugins import Guidance
@@ -236,10 +236,10 @@ def ernie():
     return diffusers.ErnieImagePipeline(
         transformer=diffusers.ErnieImageTransformer2DModel(
             hidden_size=16, num_attention_heads=2, num_layers=2, ffn_hidden_size=32, in_channels=16, out_channels=16,
-            patch_size=1, text_in_dim=16, rope_axes_dim=(4, 2, 2),
+            patch_size=1, text_in_dim=8, rope_axes_dim=(4, 2, 2),
         ),
-        vae=flux_2_klein.autoencoder(), text_encoder=transformers.Qwen3Model(transformers.Qwen3Config(**LANGUAGE)),
-        tokenizer=tiny.words(), scheduler=flow(),
+        vae=flux_2_klein.autoencoder(), text_encoder=flux_2.make().text_encoder.model, tokenizer=tiny.words(),
+        scheduler=flow(),
     )  # fmt: skip
 
 
@@ -518,6 +518,10 @@ def ldm():
     )  # fmt: skip
 
 
+def panorama():
+    return of_stable_diffusion("StableDiffusionPanoramaPipeline", vae=eightfold())
+
+
 def paradigms():
     """Takes several steps at once."""
     return of_stable_diffusion("StableDiffusionParadigmsPipeline", scheduler=diffusers.DDIMParallelScheduler())
@@ -598,10 +602,10 @@ WORK = {
     "FLUX.1 Kontext": Family(flux_kontext, {**SHORT, "max_area": 256}),
     "GLIGEN": Family(gligen, BOX, memories=["fast"]),
     "HiDream-I1": Family(hi_dream, {"max_sequence_length": 16}),
-    "HunyuanDiT": Family(hunyuan_dit, OWN_SIZE, LARGER),
+    "Hunyuan-DiT": Family(hunyuan_dit, OWN_SIZE, LARGER),
     # fails unguided, where its perturbation is on all the same
-    "HunyuanDiT with PAG": Family(hunyuan_dit_pag, OWN_SIZE, LARGER, (FULL, NEGATIVE)),
-    "HunyuanDiT with PAG, unguided": Family(hunyuan_dit_pag, {**OWN_SIZE, "pag_scale": 0.0}, LARGER, (OFF,)),
+    "Hunyuan-DiT with PAG": Family(hunyuan_dit_pag, OWN_SIZE, LARGER, (FULL, NEGATIVE)),
+    "Hunyuan-DiT with PAG, unguided": Family(hunyuan_dit_pag, {**OWN_SIZE, "pag_scale": 0.0}, LARGER, (OFF,)),
     "HunyuanImage 2.1": Family(partial(usual.hunyuan_image, diffusers.ClassifierFreeGuidance(guidance_scale=3.0))),
     "HunyuanImage 2.1, projected": Family(
         partial(hunyuan_image_projected, momentum=None), guidances=(OFF, Guidance("full", 3.5))
@@ -612,7 +616,7 @@ WORK = {
     "HunyuanImage 2.1, distilled": Family(partial(usual.hunyuan_image, guidance_embeds=True), guidances=(OFF,)),
     "Ideogram 4": Family(ideogram, {**SHORT, "guidance_schedule": None}, guidances=NO_NEGATIVE),
     "Kandinsky 3": Family(kandinsky_3, {}, (64, 64), signed=True),
-    "Kandinsky 5": Family(kandinsky_5, {}, LARGER),
+    "Kandinsky 5.0 Image": Family(kandinsky_5, {}, LARGER),
     "Kolors": Family(kolors),
     "Kolors with PAG": Family(partial(kolors, perturbed=True)),
     "Krea 2": Family(krea_2, SHORT),
@@ -639,18 +643,20 @@ WORK = {
 }
 """Name -> a pipeline that works, and what its recipe says."""
 
-LAST_STEP = {"MultiDiffusion": Family(partial(of_stable_diffusion, "StableDiffusionPanoramaPipeline"))}
+# of two views side by side, which each count as a step unless they are one batch
+LAST_STEP = {"MultiDiffusion": Family(panorama, {"view_batch_size": 2}, (16, 576))}
 """Name -> a pipeline of which only the last step can be trained."""
 
 REFUSED = {
     "aMUSEd": (Family(amused, one_by_one=True), OFF, "leaves the graph between its steps"),
     "Cosmos-Predict2": (Family(cosmos, SHORT), FULL, "disabled the safety checker.*without its safety_checker"),
     "GLIGEN": (Family(gligen), FULL, r"gligen\.py, line \d+\) with TypeError: .*go into pipeline\.options\.call"),
-    "HunyuanDiT with PAG": (Family(hunyuan_dit_pag, OWN_SIZE, LARGER), OFF, "with RuntimeError: Sizes of tensors"),
+    "Hunyuan-DiT with PAG": (Family(hunyuan_dit_pag, OWN_SIZE, LARGER), OFF, "with RuntimeError: Sizes of tensors"),
     "Kandinsky 2.2": (Family(kandinsky_2_2, PRIOR, (64, 64)), FULL, r"pipelines of its own \(prior_pipe, decoder_pipe"),
     "Latent Consistency Models": (Family(partial(lcm, ddim())), FULL, "DDIMScheduler.*original_inference_steps"),
     "LDM3D": (Family(ldm3d), FULL, "leaves the graph on its way to the image: Can't call numpy"),
     "ParaDiGMS": (Family(paradigms), FULL, "takes 0 steps where its scheduler has 4"),
+    "MultiDiffusion": (Family(panorama, {}, (16, 576)), FULL, "leaves the graph between its steps"),
     "PRX": (Family(prx, {**OWN_SIZE, "skip_text_cleaning": True}), FULL, r"pipeline\.options\.one_by_one: true"),
     "Safe Stable Diffusion": (
         Family(partial(of_stable_diffusion, "StableDiffusionPipelineSafe")), FULL, "leaves the graph on its way to"
