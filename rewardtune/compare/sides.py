@@ -115,10 +115,11 @@ def read_run_recipe(folder: Path) -> Diffusion:
 
 def _resolve(reference: str) -> Side:
     """What a side's name leads to, with the scale of its LoRA after an `@`."""
-    name, at, scale = reference.rpartition("@")
-    if not at or Path(reference).expanduser().exists():
-        return _found(reference)
+    name = _without_scale(reference)
     side = _found(name)
+    if name == reference:
+        return side
+    scale = reference.removeprefix(f"{name}@")
     if side.lora is None:
         raise RecipeError(f"{reference}: {name} has no adapters, so there is nothing to scale; leave out @{scale}.")
     return replace(side, given=reference, scale=_scale(scale, reference))
@@ -230,7 +231,7 @@ def _names(sides: Sequence[Side]) -> list[str]:
     labels = _shortened({place: _label(place, places) for place in places})
     names: list[str] = []
     for side, place in zip(sides, places, strict=True):
-        scale = "" if side.scale == 1.0 else f"-{side.scale}".removesuffix(".0")
+        scale = f"-{side.scale}".removesuffix(".0") if _without_scale(side.given) != side.given else ""
         word = labels[place] + scale
         name, number = word, 2
         while name.lower() in map(str.lower, names):
@@ -239,11 +240,14 @@ def _names(sides: Sequence[Side]) -> list[str]:
     return names
 
 
+def _without_scale(reference: str) -> str:
+    name, at, _ = reference.rpartition("@")
+    return name if at and not Path(reference).expanduser().exists() else reference
+
+
 def _place(side: Side) -> tuple[str, ...]:
     """The folders down to a side, the last one its own; the parts of a hub id or of a `pocket:` name."""
-    given = side.given
-    if "@" in given and not Path(given).expanduser().exists():
-        given = given.rpartition("@")[0]  # the scale
+    given = _without_scale(side.given)
     path = Path(given).expanduser()
     if given == BASE or not path.exists():
         return tuple(given.removeprefix(PREFIX).rstrip("/").split("/"))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rewardtune.errors import NonFiniteError, RecipeError
 from rewardtune.plugins import Reward
+from rewardtune.scoring.checked import gradient_of
 from rewardtune.types import Prompt
 
 BUDGETS = (2, 4, 8, 16, 32)
@@ -58,20 +59,14 @@ def ascend(
 ) -> Tensor:
     """Walk (B, 3, H, W) up the reward and return where it ends; `look(i, images)` sees what `i` steps gave, 0 first.
 
-    Raises NonFiniteError where the gradient is not finite, RecipeError where there is none.
+    Raises NonFiniteError where the gradient is not finite, RecipeError where it is zero, NoGraph where there is none.
     """
     name, sign = reward.card.name, 1.0 if reward.card.higher_is_better else -1.0
     images = starts.clone()
     look(0, images)
     for i, step in enumerate(steps):
         leaf = images.detach().requires_grad_(True)
-        value = reward.score(leaf, prompts).value
-        if not value.requires_grad:
-            raise RecipeError(
-                f"reward {name!r} says that it is differentiable and returns no graph; `rewardtune rewards test "
-                f"{name}` shows where it is cut."
-            )
-        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        gradient = gradient_of(name, reward.score(leaf, prompts).value.sum(), leaf)
         if not bool(torch.isfinite(gradient).all()):
             raise NonFiniteError(
                 f"reward {name!r}: the gradient of step {i + 1} is not finite. Run `rewardtune rewards test {name}`; "

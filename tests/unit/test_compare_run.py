@@ -317,7 +317,7 @@ def test_sides_of_one_name_are_told_apart_by_what_differs(
     assert names("b/run", "a/run", "other") == ["b-run", "a-run", "other"], "whatever the order"
     assert names("lr 1/s0/run", "lr 1/s1/run") == ["s0-run", "s1-run"], "no more than is needed"
     assert names("lr 1/s0/run", "lr 2/s0/run") == ["lr-1-s0-run", "lr-2-s0-run"]
-    assert names("a/run@1.0", "b/run@0") == ["a-run", "b-run-0"]
+    assert names("a/run@1.0", "b/run@0") == ["a-run-1", "b-run-0"]
     assert names("base", "c/base") == ["base", "c-base"]
     assert names("a/run", "a/run/export") == ["run", "run-2"], "nothing else differs"
     sweep = "sweep-with-rank=16,seed={},guidance=4.5,steps=20,batch=8,and-so-on"

@@ -19,6 +19,7 @@ from rewardtune.probe.ascent import ascend, plan, rounded
 from rewardtune.probe.run import probe
 from rewardtune.probe.verdict import decide
 from rewardtune.registry import load_plugin
+from rewardtune.scoring.checked import NoGraph
 from rewardtune.scoring.reward_set import load_reward
 from rewardtune.types import Prompt
 
@@ -75,7 +76,7 @@ def test_rewards_that_cannot_be_climbed(pictures, tmp_path):
         probe("jpeg-size", out=tmp_path / "out")
     with pytest.raises(RecipeError, match="'flat' has a gradient of zero"):
         probe("flat", images=pictures, out=tmp_path / "out")
-    with pytest.raises(RecipeError, match="'cut' says that it is differentiable and returns no graph"):
+    with pytest.raises(NoGraph, match="'cut': no gradient can be taken"):
         probe("cut", images=pictures, out=tmp_path / "out")
     with pytest.raises(RecipeError, match="none is given"):
         probe("zreward", images=pictures, out=tmp_path / "out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rewardtune.errors import NonFiniteError
+from rewardtune.errors import NonFiniteError, PluginError
 from rewardtune.plugins import RewardCard
 from rewardtune.scoring.objective import statistic
 from rewardtune.scoring.reward_set import RewardSet, Term, reduce
@@ -56,7 +56,14 @@ def test_every_dimension_has_a_curve_of_its_own():
     assert metrics == {"reward/levels": 2.0, "reward/levels/first": 2.5, "reward/levels/second": 1.5}
 
 
-@pytest.mark.parametrize("value", [torch.tensor([0.5, float("nan")]), torch.tensor([0.5]), torch.tensor(0.5)])
-def test_a_missing_or_non_finite_reward_is_never_a_number(value):
-    with pytest.raises(NonFiniteError, match="brightness"):
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (torch.tensor([0.5, float("nan")]), NonFiniteError),
+        (torch.tensor([0.5]), PluginError),
+        (torch.tensor(0.5), PluginError),
+    ],
+)
+def test_a_missing_or_non_finite_reward_is_never_a_number(value, error):
+    with pytest.raises(error, match="brightness"):
         RewardSet([Term(Brightness(value=value))]).score(IMAGES, PROMPTS)
