@@ -10,9 +10,9 @@ same start, adapters, optimiser, prompts, reward and number of sampling steps; t
 groups of eight, advantages standardised in the group, one update a batch (so that the clipped ratio is 1), no KL term.
 Its last step is drawn without noise, since four steps would otherwise leave some in the picture. Rates are constant, so
 that a curve is the same whatever its budget. The held-out gain is what `pocket-oracle` says of 64 validation prompts
-more than of the start. The seed that a rate is picked on is not among those that are measured. Runs go on beside each
-other, a thread each, so their seconds are steps times the median step of a short run on all cores, without looks.
-Finished runs are kept in build/policy-gradient.
+more than of the start. The seed that a rate is picked on is not among those that are measured. Seconds are steps times
+the median step of that short run, without looks, so that a busy machine changes no figure. Finished runs are kept in
+build/policy-gradient.
 
 Reported: gains at equal images and at equal seconds, and how many times the images and the seconds Flow-GRPO takes to
 the same gain. Where it does not get there within its budget, that is a lower bound: more than so many times.
@@ -23,11 +23,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
-import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -166,15 +163,6 @@ def train(arm: str, rate: float, seed: int, steps: int | None = None) -> Path:
     return folder
 
 
-def train_all(jobs: Iterable[tuple[str, float, int]]) -> None:
-    """Runs beside each other, one thread each, the longest first."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), spawn, torch.set_num_threads, (1,)) as pool:
-        ordered = sorted(jobs, key=lambda job: -math.prod(BUDGET[job[0]]))
-        for future in [pool.submit(train, *job) for job in ordered]:
-            future.result()
-
-
 def step_seconds(arm: str) -> float:
     """The median step of a short run."""
     lines = read_metrics(BUILD / f"timed-{arm}" / "metrics.jsonl")
@@ -301,9 +289,13 @@ def main() -> None:
         for arm in BUDGET:
             train(arm, RATES[0], PICKED_ON, TIMED)
     elif args.what == "sweep":
-        train_all((arm, rate, PICKED_ON) for arm in BUDGET for rate in RATES)
+        for arm in BUDGET:
+            for rate in RATES:
+                train(arm, rate, PICKED_ON)
     elif args.what == "run":
-        train_all((arm, rate, seed) for arm, rate in best_rates().items() for seed in SEEDS)
+        for arm, rate in best_rates().items():
+            for seed in SEEDS:
+                train(arm, rate, seed)
     else:
         document = json.dumps(report(), indent=1, allow_nan=False)
         Path(__file__).with_suffix(".json").write_text(document + "\n")
