@@ -204,6 +204,18 @@ def best_rates() -> dict[str, float]:
     return {arm: max(RATES, key=lambda rate: late(arm, rate)) for arm in BUDGET}
 
 
+def swept(gain: float) -> dict[str, Any]:
+    """Of each arm and rate on the sweep's seed: images to `gain`, None where it is not reached, and the best gain."""
+    out: dict[str, Any] = {}
+    for arm in BUDGET:
+        for rate in RATES:
+            points = curve(BUILD / f"{arm}-{rate:g}-{PICKED_ON}", arm)
+            images, there = cost(points, gain, "images")
+            best = max(p["gain"] for p in points)
+            out.setdefault(arm, {})[f"{rate:g}"] = {"images": images if there else None, "best_gain": best}
+    return out
+
+
 def interval(values: Sequence[float]) -> dict[str, Any]:
     """Mean, and its 95 % interval over seeds by the t distribution."""
     from scipy.stats import t
@@ -277,6 +289,7 @@ def report() -> dict[str, Any]:
             f"{unit} to {share:.0%} of drtune's gain": times(curves, share * final, unit)
             for share in (0.5, 0.9) for unit in ("images", "seconds")
         },
+        "sweep: images to 50% of drtune's gain": swept(0.5 * final),
         "curves": curves,
     }  # fmt: skip
 
