@@ -168,13 +168,7 @@ def load_pipeline(
 
     trained: what is to be trained. It is never offloaded, and whole modules stay fp32.
     """
-    path = resolve(section.model)
-    name = section.family or find_family(path, section.revision)
-    plugin = registry.pipelines.load_class(name)
-    if section.family and hasattr(plugin, "refuses"):  # one that was found has seen the index
-        why = families.refusal(name, plugin, read_model_index(path, section.revision))
-        if why is not None:
-            raise RecipeError(f"{why}.")
+    path, name, plugin = choose_family(section)
     try:
         config = plugin.Config(**section.options)
     except ValidationError as error:
@@ -218,6 +212,21 @@ def _set_decoding(pipeline: AnyPipeline, how: str) -> None:
         ) from error
 
 
+def choose_family(section: PipelineSection) -> tuple[str, str, Any]:
+    """(folder or hub id, family, its class) of a checkpoint, from its `model_index.json` alone.
+
+    Raises RecipeError where there is no checkpoint, or none that a family takes.
+    """
+    path = resolve(section.model)
+    name = section.family or find_family(path, section.revision)
+    plugin = registry.pipelines.load_class(name)
+    if section.family and hasattr(plugin, "refuses"):  # one that was found has seen the index
+        why = families.refusal(name, plugin, read_model_index(path, section.revision))
+        if why is not None:
+            raise RecipeError(f"{why}.")
+    return path, name, plugin
+
+
 def find_family(path: str, revision: str | None) -> str:
     """The family that recognises a checkpoint's `model_index.json`."""
     index = read_model_index(path, revision)
@@ -233,10 +242,15 @@ def read_model_index(path: str, revision: str | None) -> Mapping[str, Any]:
         file = Path(path) / "model_index.json"
     else:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
             file = Path(hf_hub_download(path, "model_index.json", revision=revision))
+        except HFValidationError as error:
+            raise RecipeError(
+                f"pipeline.model {path!r}: there is no such folder, and the hub can have no such name: {error} "
+                "Give a local folder, or owner/name of the hub."
+            ) from error
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise RecipeError(
                 f"pipeline.model {path!r} cannot be fetched from the hub: {why_not_loaded(error, path)} Check the "

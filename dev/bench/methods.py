@@ -1,25 +1,23 @@
 """The ways to take the reward gradient, at equal seconds on the pocket pipeline, five seeds: methods.{json,md,png}.
 
     python dev/bench/methods.py          # the timing needs an idle machine, the rest does not; resumes
+    python dev/bench/methods.py --seconds 120 --methods draft-all drtune        # methods-120.{json,md,png}
 
-Each method is first timed for a few steps, one after another on all cores, and then given the optimiser steps that fit
-into `--seconds` of training; the trainings themselves run beside each other, a thread each. Everything else is the
-demo's recipe: adapters, views, rates (Muon, whose updates have the same size whatever the gradient's norm, so that one
-rate serves all), rewards, prompts; no guard. Judged by `pocket-oracle` against the SFT start, on validation prompts,
-because the demo's method may be chosen from it. Needs matplotlib (`pip install -e '.[table]'`) for the picture.
-Finished parts are kept in build/methods.
+Each method is first timed for a few steps and then given the optimiser steps that fit into `--seconds` of training.
+Everything else is the demo's recipe: adapters, views, rates (Muon, whose updates have the same size whatever the
+gradient's norm, so that one rate serves all), rewards, prompts; no guard. Judged by `pocket-oracle` against the SFT
+start, on validation prompts, because the demo's method may be chosen from it. Needs matplotlib (`pip install -e
+'.[table]'`) for the picture. Finished parts are kept in build/methods.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +51,15 @@ TIMED, WARM = 8, 3
 SEEDS = 5
 
 
-def rewardtune(*command: str, threads: int | None = None) -> None:
-    settings = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-    subprocess.run([sys.executable, "-m", "rewardtune", *command], check=True, env=settings)
+def rewardtune(*command: str) -> None:
+    subprocess.run([sys.executable, "-m", "rewardtune", *command], check=True)
 
 
-def train(method: str, seed: int, steps: int, out: Path, threads: int | None = None) -> Path:
+def train(method: str, seed: int, steps: int, out: Path) -> Path:
     """A finished run of so many steps."""
     if not (out / "finished.json").exists():
         rewardtune("train", "pocket/zreward", *METHODS[method], f"train.steps={steps}", f"train.seed={seed}",
-                   "samples.every=100000", "guard=null", "--out", str(out), threads=threads)  # fmt: skip
+                   "samples.every=100000", "guard=null", "--out", str(out))  # fmt: skip
     return out
 
 
@@ -103,7 +100,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from scipy.stats import t
 
     out = []
-    for method in METHODS:
+    for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
         line: dict[str, Any] = {"method": method, "seeds": len(own), "steps": own[0]["steps"]}
         for key in ("seconds", "net", "facts_net", "verdict_gain", "trained_gain", "diversity_ratio"):
@@ -154,24 +151,26 @@ def draw(lines: list[dict[str, Any]], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0, help="training time of each run")
+    parser.add_argument("--seconds", type=int, default=60, help="training time of each run; 60 where nothing is said")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=SEEDS)
     args = parser.parse_args()
-    BUILD.mkdir(parents=True, exist_ok=True)
     took = step_seconds()
-    steps = {method: max(1, round(args.seconds / took[method])) for method in METHODS}
+    steps = {method: max(1, round(args.seconds / took[method])) for method in args.methods}
+    # a second budget stands beside the first, in files of its own
+    mark = "" if args.seconds == 60 else f"-{args.seconds}"
+    build = Path(f"{BUILD}{mark}")
+    build.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for seed in range(args.seeds):
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            started = {m: pool.submit(train, m, seed, steps[m], BUILD / f"{m}-{seed}", 1) for m in METHODS}
-        runs = {method: future.result() for method, future in started.items()}
-        report = BUILD / f"compare-{seed}"
+        runs = {m: train(m, seed, steps[m], build / f"{m}-{seed}") for m in args.methods}
+        report = build / f"compare-{seed}"
         if not (report / "compare.json").exists():
             rewardtune("compare", "base", *map(str, runs.values()), "--prompts", "pocket:prompts/validation",
                        "--num-prompts", "128", "--seeds", "1", "--out", str(report))  # fmt: skip
         rows += rows_of(json.loads((report / "compare.json").read_text()), runs, seed, took)
     lines = summary(rows)
-    here = Path(__file__)
+    here = Path(__file__).with_stem(Path(__file__).stem + mark)
     document = {"what": "methods at equal seconds of training, pocket pipeline, judged by pocket-oracle",
                 "seconds": args.seconds, "seeds": args.seeds, "methods": lines, "rows": rows}  # fmt: skip
     here.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")

@@ -88,6 +88,7 @@ def main() -> None:
         options = [
             f"rewards.0.options.checkpoint={scorer / 'export'}",
             f"optimizer.lr={rate}",
+            "gradient={method: draft, last_steps: all, memory: fast}",
             "augment.noise=0.04",
             "guard=null",
         ]

@@ -107,7 +107,7 @@ def contests(rows: list[dict[str, Any]]) -> str:
     lines = ["| zreward against | seed | net (95 % interval) |", "| --- | --- | --- |"]
     for row in rows:
         low, high = row["net_ci95"]
-        lines.append(f"| {row['arm']} | {row['seed']} | {row['net']:+.3f} [{low:+.3f}, {high:+.3f}] |")
+        lines.append(f"| {row['arm']} | {row['seed']} | {row['net']:+z.3f} [{low:+z.3f}, {high:+z.3f}] |")
     return "\n".join(lines)
 
 
@@ -117,9 +117,9 @@ def against(arm: str, rows: list[dict[str, Any]]) -> str:
     if "all" not in nets:
         return ""
     low, high = nets["all"]["net_ci95"]
-    each = ", ".join(f"{row['net']:+.3f}" for seed, row in nets.items() if seed != "all")
+    each = ", ".join(f"{row['net']:+z.3f}" for seed, row in nets.items() if seed != "all")
     return (
-        f" Against `{arm}`, which saw the same noisy views: {nets['all']['net']:+.3f} [{low:+.3f}, {high:+.3f}], by "
+        f" Against `{arm}`, which saw the same noisy views: {nets['all']['net']:+z.3f} [{low:+z.3f}, {high:+z.3f}], by "
         f"seed {each}."
     )
 
@@ -135,7 +135,7 @@ def table(start: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         net, facts = (
-            f"{row[k]:+.3f} [{row[f'{k}_ci95'][0]:+.3f}, {row[f'{k}_ci95'][1]:+.3f}]" for k in ("net", "facts_net")
+            f"{row[k]:+z.3f} [{row[f'{k}_ci95'][0]:+z.3f}, {row[f'{k}_ci95'][1]:+z.3f}]" for k in ("net", "facts_net")
         )
         lines.append(
             f"| {row['arm']} | {row['seed']} | {row['wins']} / {row['ties']} / "

@@ -1,9 +1,9 @@
 """Does the guard catch a run that goes wrong? Three seeds, with and without it: dev/results/guard.{json,md}.
 
-The run is made to go wrong: ten times the demo's learning rate and a scorer with a planted blind spot
-(`blind_spot.py`). The guard sees validation prompts by `--held-out`, a scorer that the run is not trained on; both
-exports are then judged by `pocket-oracle` on held-out prompts, which neither has seen. Finished parts are kept in
-build/guard-proof and not repeated.
+The run is made to go wrong: ten times the demo's learning rate, the exact gradient through all steps, and a scorer with
+a planted blind spot (`blind_spot.py`). The guard sees validation prompts by `--held-out`, a scorer that the run is not
+trained on; both exports are then judged by `pocket-oracle` on held-out prompts, which neither has seen. Finished parts
+are kept in build/guard-proof and not repeated.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 BUILD, RESULTS = Path("build/guard-proof"), Path("dev/results")
 PLUGIN = str(Path(__file__).with_name("blind_spot.py"))
-TOO_STRONG = ("optimizer.lr=1e-2", "train.steps=120")
+TOO_STRONG = ("gradient={method: draft, last_steps: all, memory: fast}", "optimizer.lr=1e-2", "train.steps=120")
 ARMS = {"unguarded": "warn", "guarded": "roll_back"}
 """Arm -> what its guard does; both are looked at, so that the curves are there."""
 
@@ -53,8 +53,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         low, high = r["net_ci95"]
         lines.append(
-            f"| {r['arm']} | {r['seed']} | {r['exported_step']} | {r['last_step']} | {r['net']:+.3f} "
-            f"[{low:+.3f}, {high:+.3f}] | {r['facts_net']:+.3f} | {r['diversity_ratio']:.0%} | "
+            f"| {r['arm']} | {r['seed']} | {r['exported_step']} | {r['last_step']} | {r['net']:+z.3f} "
+            f"[{low:+z.3f}, {high:+z.3f}] | {r['facts_net']:+z.3f} | {r['diversity_ratio']:.0%} | "
             f"{'; '.join(r['reasons']) or 'it did not'} |"
         )
     return "\n".join(lines)
@@ -83,8 +83,9 @@ def main() -> None:
     (RESULTS / "guard.json").write_text(json.dumps({"held_out": args.held_out, "runs": rows}, indent=1) + "\n")
     (RESULTS / "guard.md").write_text(
         "# A run that goes wrong, with and without its guard\n\n"
-        "`python dev/pocket/guard_proof.py`: the demo's recipe at ten times its learning rate, trained on a scorer "
-        "with a planted blind spot; judged by `pocket-oracle` on held-out prompts against the SFT start.\n\n"
+        "`python dev/pocket/guard_proof.py`: the demo's recipe at ten times its learning rate, with the exact gradient "
+        "through all steps, trained on a scorer with a planted blind spot; judged by `pocket-oracle` on held-out "
+        "prompts against the SFT start.\n\n"
         + table(rows) + "\n"
     )  # fmt: skip
     print(table(rows))

@@ -51,7 +51,7 @@ def between(ends: Sequence[float]) -> str:
 
 def gap(ends: Sequence[float]) -> str:
     """[+1.2, +4.3], an interval of a difference of shares in points."""
-    return f"[{100 * ends[0]:+.1f}, {100 * ends[1]:+.1f}]"
+    return f"[{100 * ends[0]:+z.1f}, {100 * ends[1]:+z.1f}]"
 
 
 def seconds(value: float) -> str:
@@ -107,11 +107,11 @@ def _tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The matrices of every two rewards."""
     between, labels = document["between_rewards"], list(document["rewards"])
     kinds: tuple[tuple[str, str, str, Words, Strength], ...] = (
-        ("Values", "Spearman correlation over all pictures.", "spearman", "{:+.2f}".format, _as_it_is),
+        ("Values", "Spearman correlation over all pictures.", "spearman", "{:+z.2f}".format, _as_it_is),
         ("Order of pairs", "Share of same-prompt pairs that both put in one order.", "pair_agreement", share,
          _over_chance),
         ("Errors", "Correlation of being wrong about the same pairs. A judge wants little.", "error_correlation",
-         "{:+.2f}".format, _as_it_is),
+         "{:+z.2f}".format, _as_it_is),
         ("Caught", "Of the pairs that the row gets wrong, the share that the column gets right.", "catches", share,
          _over_chance),
     )  # fmt: skip

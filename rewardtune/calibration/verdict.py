@@ -34,7 +34,7 @@ def share(value: float) -> str:
 
 def points(value: float) -> str:
     """+3.1 points, of a difference of shares."""
-    return f"{100 * value:+.1f} points"
+    return f"{100 * value:+z.1f} points"
 
 
 def with_interval(figures: Mapping[str, Any], name: str = "hpa") -> str:
@@ -110,7 +110,7 @@ def _judge(
     best = min(accurate, key=shared) if trained else fit[0]
     words = [f"{best} orders {with_interval(rewards[best])}"]
     if trained:
-        words.append(f"and its errors correlate {shared(best):+.2f} with those of {trained}")
+        words.append(f"and its errors correlate {shared(best):+z.2f} with those of {trained}")
         caught = rewards[trained]["caught_by"].get(best)
         if caught:
             words.append(

@@ -51,7 +51,7 @@ def rewards_calibrate(
     for gap in document["differences"]:
         low, high = gap["hpa"]["ci95"]
         told = "resolved" if gap["hpa"]["resolved"] else "not resolved"
-        show(f"{gap['a']} less {gap['b']}: {gap['hpa']['difference']:+.3f} [{low:+.3f}, {high:+.3f}], {told}")
+        show(f"{gap['a']} less {gap['b']}: {gap['hpa']['difference']:+z.3f} [{low:+z.3f}, {high:+z.3f}], {told}")
     for warning in document["warnings"]:
         show(f"warning: {warning}")
     verdict = document["verdict"]

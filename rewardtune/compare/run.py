@@ -17,7 +17,7 @@ from typing import Any
 from rewardtune import devices
 from rewardtune.compare.page import write_page
 from rewardtune.compare.report import add_votes, measure_diversity, report_id, signed, summarise
-from rewardtune.compare.sampling import Plan, sample_sides
+from rewardtune.compare.sampling import Plan, require_pipelines, sample_sides
 from rewardtune.compare.scores import Panel, Scored, choose_rewards, read_scores, require_rewards, score_sides
 from rewardtune.compare.sides import Side, first_recipe, resolve_sides
 from rewardtune.compare.votes import read_votes
@@ -103,6 +103,7 @@ def compare(
     key = "--device" if device else "train.device of the first run"
     device = str(devices.find(wanted, key=key)) if wanted else best_device()
     names = [side.name for side in chosen]
+    require_pipelines(chosen)
     require_rewards(panel, device=device)
 
     with _locked(folder), _told_what_is_kept(folder):

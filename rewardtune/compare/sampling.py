@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rewardtune.compare.sides import Side, lora_file
+from rewardtune.errors import RecipeError
 from rewardtune.pages.files import sha256, write_bytes
 from rewardtune.plugins import AnyPipeline, Guidance
 from rewardtune.progress import Progress
@@ -59,6 +60,18 @@ def image_seed(prompt: int, seed: int) -> int:
 
 def image_file(prompt: int, seed: int) -> str:
     return f"{prompt:04d}-{seed}.png"
+
+
+def require_pipelines(sides: Sequence[Side]) -> None:
+    """Look whether each side's pipeline is one, before others are drawn for hours: its `model_index.json` is read, and
+    fetched where it is the hub's; weights are not. Raises RecipeError, which names the side."""
+    from rewardtune.build import choose_family
+
+    for side in sides:
+        try:
+            choose_family(side.pipeline)
+        except RecipeError as error:
+            raise RecipeError(f"{side.given}: {error}") from error
 
 
 def sample_sides(sides: Sequence[Side], plan: Plan, out: Path, *, device: str) -> None:

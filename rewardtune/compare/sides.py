@@ -27,6 +27,7 @@ BASE = "base"
 """Names the start of the first run among the sides."""
 LONGEST = 40
 """Characters of a side's name, without its scale: a column of a table. Ours."""
+_OVERRIDE = re.compile(r"[a-z_]\w*(\.\w+)*=")
 Diffusion = SftRecipe | DirectRewardRecipe
 _LORA_FILES = (lora_files.DIFFUSERS, lora_files.PEFT)
 _GIVE = (
@@ -149,6 +150,12 @@ def _found(reference: str) -> Side:
     if not folder.exists():
         # a hub id has two parts; `runs/nothere` beside other runs would pass for one
         beside = folder.parent != Path() and folder.parent.is_dir()
+        if _OVERRIDE.match(reference):
+            raise RecipeError(
+                f"{reference}: compare takes no overrides, only sides. Its settings are options, such as --prompts and "
+                "--seeds (`rewardtune compare --help`); what is left out comes from `compare:` of the recipe that the "
+                "run was trained with."
+            )
         if beside or reference.count("/") != 1 or reference.startswith((".", "~", "/")):
             raise RecipeError(_nowhere(reference, folder))
         return Side("", reference, PipelineSection(model=reference), known=False)

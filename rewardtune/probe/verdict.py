@@ -88,7 +88,7 @@ def decide(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def signed(value: float) -> str:
     """+0.87, of a change: three decimals, more only where it is large."""
-    return f"{value:+.3f}" if abs(value) < 100 else f"{value:+.4g}"
+    return f"{value:+z.3f}" if abs(value) < 100 else f"{value:+.4g}"
 
 
 def _of(entry: Mapping[str, Any]) -> str:

@@ -457,6 +457,23 @@ def test_a_judge_that_cannot_be_loaded_costs_no_image(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("side", "told"),
+    [
+        ("owner/not-fetched", r"^owner/not-fetched: .*cannot be fetched from the hub: HF_HUB_OFFLINE is set"),
+        ("no:hub/name", r"^no:hub/name: .*the hub can have no such name"),
+        ("compare.prompts=pocket:prompts/validation", r"takes no overrides.*--prompts"),
+    ],
+)
+def test_a_side_that_cannot_be_loaded_costs_no_image(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str, told: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(RecipeError, match=told):
+        compare(["base", world / "runs" / "demo", side], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_that_are_here_or_at_the_hub_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import HfApi, constants
 

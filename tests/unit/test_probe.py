@@ -17,7 +17,7 @@ from rewardtune.data.images import open_image, to_tensor
 from rewardtune.errors import DataError, RecipeError
 from rewardtune.probe.ascent import ascend, plan, rounded
 from rewardtune.probe.run import probe
-from rewardtune.probe.verdict import decide
+from rewardtune.probe.verdict import decide, signed
 from rewardtune.registry import load_plugin
 from rewardtune.scoring.checked import NoGraph
 from rewardtune.scoring.reward_set import load_reward
@@ -126,6 +126,10 @@ def test_a_rise_that_too_long_steps_lose_again_is_not_called_resistance(pictures
     assert "of 1 picture." in " ".join(short["verdict"]["words"])
     assert "1 picture and noise · 2 steps" in (tmp_path / "out/probe.html").read_text()
     assert probed(40)["verdict"]["outcome"] == "unjudged", "shorter steps stay up there"
+
+
+def test_a_change_that_rounds_to_nothing_has_no_minus():
+    assert (signed(-0.0004), signed(0.0004), signed(-0.2)) == ("+0.000", "+0.000", "-0.200")
 
 
 def test_the_verdict_follows_its_rules():
