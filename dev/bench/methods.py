@@ -127,8 +127,8 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(out)
 
 
-def draw(lines: list[dict[str, Any]], file: Path) -> None:
-    """Held-out gain against trained gain, a point a method."""
+def draw(lines: list[dict[str, Any]], file: Path, before: dict[str, Any] | None) -> None:
+    """Held-out gain against trained gain, a point a method; and a ring where it was at the budget `before`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -138,7 +138,11 @@ def draw(lines: list[dict[str, Any]], file: Path) -> None:
     at = {line["method"]: (line["trained_gain"]["mean"], line["verdict_gain"]["mean"]) for line in lines}
     for line in lines:
         x, y = line["trained_gain"], line["verdict_gain"]
-        axes.errorbar(x["mean"], y["mean"], xerr=x["half_width"], yerr=y["half_width"], fmt="o", capsize=2)
+        drawn = axes.errorbar(x["mean"], y["mean"], xerr=x["half_width"], yerr=y["half_width"], fmt="o", capsize=2)
+        for old in before["methods"] if before else ():
+            if old["method"] == line["method"]:
+                axes.plot([old["trained_gain"]["mean"], x["mean"]], [old["verdict_gain"]["mean"], y["mean"]], "o-",
+                          color=drawn[0].get_color(), markerfacecolor="white", linewidth=0.8, zorder=0)  # fmt: skip
         # its name stands to the left where another point is close on the right
         left = any(0 < a - x["mean"] < 0.02 and abs(b - y["mean"]) < 0.004 for a, b in at.values())
         axes.annotate(line["method"], at[line["method"]], textcoords="offset points", fontsize=8,
@@ -175,7 +179,8 @@ def main() -> None:
                 "seconds": args.seconds, "seeds": args.seeds, "methods": lines, "rows": rows}  # fmt: skip
     here.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
     here.with_suffix(".md").write_text(table(lines) + "\n")
-    draw(lines, here.with_suffix(".png"))
+    first = Path(__file__).with_suffix(".json")
+    draw(lines, here.with_suffix(".png"), json.loads(first.read_text()) if mark and first.exists() else None)
     print(table(lines))
 
 
