@@ -136,17 +136,22 @@ def draw(lines: list[dict[str, Any]], file: Path, before: dict[str, Any] | None)
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
     at = {line["method"]: (line["trained_gain"]["mean"], line["verdict_gain"]["mean"]) for line in lines}
+    old = {line["method"]: line for line in before["methods"]} if before else {}
     for line in lines:
         x, y = line["trained_gain"], line["verdict_gain"]
-        drawn = axes.errorbar(x["mean"], y["mean"], xerr=x["half_width"], yerr=y["half_width"], fmt="o", capsize=2)
-        for old in before["methods"] if before else ():
-            if old["method"] == line["method"]:
-                axes.plot([old["trained_gain"]["mean"], x["mean"]], [old["verdict_gain"]["mean"], y["mean"]], "o-",
-                          color=drawn[0].get_color(), markerfacecolor="white", linewidth=0.8, zorder=0)  # fmt: skip
-        # its name stands to the left where another point is close on the right
-        left = any(0 < a - x["mean"] < 0.02 and abs(b - y["mean"]) < 0.004 for a, b in at.values())
-        axes.annotate(line["method"], at[line["method"]], textcoords="offset points", fontsize=8,
-                      xytext=(-5 if left else 5, 5), ha="right" if left else "left")  # fmt: skip
+        drawn = axes.errorbar(x["mean"], y["mean"], xerr=x["half_width"], yerr=y["half_width"], fmt="o", capsize=2,
+                              label=line["method"])  # fmt: skip
+        if line["method"] in old:
+            was = [old[line["method"]][key]["mean"] for key in ("trained_gain", "verdict_gain")]
+            axes.plot([was[0], x["mean"]], [was[1], y["mean"]], color=drawn[0].get_color(), linewidth=0.8, zorder=0)
+            axes.plot(*was, "o", color=drawn[0].get_color(), markerfacecolor="white", zorder=0)
+        if not old:
+            # its name stands to the left where another point is close on the right
+            left = any(0 < a - x["mean"] < 0.02 and abs(b - y["mean"]) < 0.004 for a, b in at.values())
+            axes.annotate(line["method"], at[line["method"]], textcoords="offset points", fontsize=8,
+                          xytext=(-5 if left else 5, 5), ha="right" if left else "left")  # fmt: skip
+    if old:
+        axes.legend(loc="lower right", fontsize=8)
     axes.axhline(0, color="0.7", linewidth=0.8)
     axes.set_xlabel("gain of the trained reward")
     axes.set_ylabel("gain of the held-out judge's verdict")
