@@ -65,14 +65,14 @@ def _applies(layer: nn.Conv2d | nn.GroupNorm | nn.Linear, inputs: Tensor) -> boo
     )
 
 
-def _autocast(device: torch.device) -> torch.dtype | None:
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of the autocast that holds here; None without one."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-def _as_before(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+def autocast_as(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """On the way back, which runs outside autocast as a rule: the autocast that held on the way there."""
-    if _autocast(device) == dtype:
+    if autocast_dtype(device) == dtype:
         return nullcontext()  # entering autocast takes as long as a small layer
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
@@ -123,14 +123,14 @@ def _activate(layer: nn.SiLU, plain: Callable[[Tensor], Tensor], inputs: Tensor)
 class _SiluOfNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, normed: Tensor, norm: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        ctx.norm, ctx.autocast = norm, _autocast(inputs.device)
+        ctx.norm, ctx.autocast = norm, autocast_dtype(inputs.device)
         ctx.save_for_backward(inputs)
         return F.silu(normed)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor, None, None]:
         (inputs,) = ctx.saved_tensors
-        with _as_before(inputs.device, ctx.autocast):
+        with autocast_as(inputs.device, ctx.autocast):
             normed = ctx.norm(inputs)
         found: Tensor = torch.ops.aten.silu_backward(upstream[0], normed)
         return found, None, None
@@ -149,14 +149,14 @@ class _Geglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(inputs)
-        ctx.weight, ctx.bias, ctx.autocast = weight, bias, _autocast(inputs.device)
+        ctx.weight, ctx.bias, ctx.autocast = weight, bias, autocast_dtype(inputs.device)
         hidden, gate = F.linear(inputs, weight, bias).chunk(2, dim=-1)
         return hidden * F.gelu(gate)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor, None, None]:
         (inputs,) = ctx.saved_tensors
-        with _as_before(inputs.device, ctx.autocast):
+        with autocast_as(inputs.device, ctx.autocast):
             both = F.linear(inputs, ctx.weight, ctx.bias)
             hidden, gate = both.chunk(2, dim=-1)
             to_hidden, to_gate = (found := torch.empty_like(both)).chunk(2, dim=-1)

@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from rewardtune.diffusion import lora
 from rewardtune.diffusion.parameterisation import clean_estimate, shares
+from rewardtune.diffusion.recompute import again, few_trained
 from rewardtune.diffusion.schedulers import schedule
 from rewardtune.errors import RecipeError
 from rewardtune.plugins import AnyPipeline, Guidance, Pipeline, WholeRollout
@@ -59,14 +60,11 @@ class Chain:
         """Latents before step i -> latents after it.
 
         denoiser: what carries gradient beside the scheduler's own arithmetic. recompute: keep no graph of the
-        denoiser, take the step again on the way back. strength: factor on the gradient of the prediction.
+        denoiser, call it again on the way back. strength: factor on the gradient of the prediction.
         """
-        return _maybe_again(recompute, self._advance, i, latents, denoiser, strength)
-
-    def _advance(self, i: int, latents: Tensor, denoiser: Denoiser, strength: float) -> Tensor:
         self.visited[i] = latents.detach()
         with torch.set_grad_enabled(torch.is_grad_enabled() and denoiser != "frozen"):
-            prediction = self.predict(i, latents if denoiser == "through" else latents.detach())
+            prediction = self._predicted(i, latents if denoiser == "through" else latents.detach(), recompute)
         if strength != 1.0:
             prediction = prediction.detach() + strength * (prediction - prediction.detach())
         scheduler = _copy(self._states[i])
@@ -86,7 +84,7 @@ class Chain:
         """The estimate of the finished latents x0 at step i, from its prediction (made here when left out, with the
         graph of the denoiser or, to recompute, without)."""
         if prediction is None:
-            prediction = _maybe_again(recompute, self.predict, i, latents)
+            prediction = self._predicted(i, latents, recompute)
         return clean_estimate(self._states[0], i, self.timesteps[i], self._scaled(i, latents), prediction)
 
     def shares(self, i: int) -> tuple[Tensor, Tensor]:
@@ -111,6 +109,17 @@ class Chain:
         """Finished latents and standard normal noise -> latents before step i, as the scheduler keeps them."""
         signal, sigma = (share.to(clean) for share in self.shares(i))
         return (signal * clean + sigma * noise) / self._scaled(i, torch.ones((), dtype=clean.dtype))
+
+    def _predicted(self, i: int, latents: Tensor, recompute: bool) -> Tensor:
+        """`predict`; to recompute, without the denoiser's graph. The scheduler's step stays in the graph: multistep
+        solvers carry earlier predictions along."""
+        if not (recompute and torch.is_grad_enabled()):
+            return self.predict(i, latents)
+        return again(partial(self.predict, i), latents, self._few_trained)
+
+    @cached_property
+    def _few_trained(self) -> Sequence[Tensor] | None:
+        return few_trained(self.pipeline)
 
     @staticmethod
     def _step(scheduler: Any, prediction: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
@@ -165,17 +174,6 @@ def sample(
                 lora.set_scale([pipeline.trainable[pipeline.denoiser]], i / len(chain))
             latents = chain.advance(i, latents)
         return pipeline.decode(latents).clamp(0, 1)
-
-
-def _maybe_again(recompute: bool, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """What a function gives; to recompute, without its graph: it is called once more on the way back."""
-    if not (recompute and torch.is_grad_enabled()):
-        return function(*inputs)
-    # no layer draws noise; comparing every tensor with the first pass' shape took 1 % of a small UNet's step
-    found: Tensor = checkpoint(
-        function, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
-    )
-    return found
 
 
 def _copy(scheduler: Any) -> Any:
