@@ -18,7 +18,6 @@ from pathlib import Path
 from rewardtune.training.track import read_metrics
 
 ARMS = {"kept": "", "returned": "import rewardtune.training.runtime as r; r._keep_freed_memory = lambda: None; "}
-GRADIENT = {"gradient": {"method": "draft", "last_steps": "all", "memory": "fast"}}
 
 
 def seconds(arm: str, steps: int) -> list[float]:
@@ -26,7 +25,7 @@ def seconds(arm: str, steps: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         code = (
             f"{ARMS[arm]}import rewardtune as rt; "
-            f"rt.train('pocket/zreward', out={folder + '/run'!r}, overrides={{**{GRADIENT!r}, 'train.steps': {steps}}})"
+            f"rt.train('pocket/zreward', out={folder + '/run'!r}, overrides={{'train.steps': {steps}}})"
         )
         subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
         return [line["seconds"] for line in read_metrics(Path(folder) / "run" / "metrics.jsonl")][3:]

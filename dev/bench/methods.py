@@ -1,7 +1,8 @@
 """The ways to take the reward gradient, at equal seconds on the pocket pipeline, five seeds: methods.{json,md,png}.
 
     python dev/bench/methods.py          # the timing needs an idle machine, the rest does not; resumes
-    python dev/bench/methods.py --seconds 120 --methods draft-all drtune        # methods-120.{json,md,png}
+    python dev/bench/methods.py --seconds 120 --methods draft-all alignprop drtune flowbp-sparse draft-2
+                                         # a second budget: methods-120.{json,md,png}
 
 Each method is first timed for a few steps and then given the optimiser steps that fit into `--seconds` of training.
 Everything else is the demo's recipe: adapters, views, rates (Muon, whose updates have the same size whatever the
@@ -160,7 +161,7 @@ def draw(lines: list[dict[str, Any]], file: Path, before: dict[str, Any] | None)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=60, help="training time of each run; 60 where nothing is said")
+    parser.add_argument("--seconds", type=int, default=60, help="training time of each run")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=SEEDS)
     args = parser.parse_args()

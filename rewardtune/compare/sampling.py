@@ -24,6 +24,7 @@ from rewardtune.pages.files import sha256, write_bytes
 from rewardtune.plugins import AnyPipeline, Guidance
 from rewardtune.progress import Progress
 from rewardtune.randomness import key
+from rewardtune.recipe.sections import PipelineSection
 from rewardtune.types import Prompt
 
 RECORD = "sampling.json"
@@ -67,11 +68,15 @@ def require_pipelines(sides: Sequence[Side]) -> None:
     fetched where it is the hub's; weights are not. Raises RecipeError, which names the side."""
     from rewardtune.build import choose_family
 
+    known: list[PipelineSection] = []  # of those that sides share, the hub is asked once
     for side in sides:
+        if side.pipeline in known:
+            continue
         try:
             choose_family(side.pipeline)
         except RecipeError as error:
             raise RecipeError(f"{side.given}: {error}") from error
+        known.append(side.pipeline)
 
 
 def sample_sides(sides: Sequence[Side], plan: Plan, out: Path, *, device: str) -> None:

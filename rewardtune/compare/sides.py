@@ -148,14 +148,14 @@ def _found(reference: str) -> Side:
         pocket_path(reference)  # says what ships, where this does not
         return Side("", reference, PipelineSection(model=reference), known=False)
     if not folder.exists():
-        # a hub id has two parts; `runs/nothere` beside other runs would pass for one
-        beside = folder.parent != Path() and folder.parent.is_dir()
         if _OVERRIDE.match(reference):
             raise RecipeError(
                 f"{reference}: compare takes no overrides, only sides. Its settings are options, such as --prompts and "
                 "--seeds (`rewardtune compare --help`); what is left out comes from `compare:` of the recipe that the "
                 "run was trained with."
             )
+        # a hub id has two parts; `runs/nothere` beside other runs would pass for one
+        beside = folder.parent != Path() and folder.parent.is_dir()
         if beside or reference.count("/") != 1 or reference.startswith((".", "~", "/")):
             raise RecipeError(_nowhere(reference, folder))
         return Side("", reference, PipelineSection(model=reference), known=False)

@@ -65,12 +65,10 @@ class _Again(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (latents,) = ctx.saved_tensors
-        inputs = latents.detach().requires_grad_(ctx.needs_input_grad[1]), *ctx.trained
+        asks = ctx.needs_input_grad[1]  # the first step's latents do not
+        latents = latents.detach().requires_grad_(asks)
         with torch.enable_grad(), autocast_as(latents.device, ctx.autocast):
-            found = ctx.predict(inputs[0])
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-        gradients: list[Tensor | None] = [None] * len(inputs)
-        made = torch.autograd.grad(found, [inputs[i] for i in wanted], upstream, allow_unused=True)
-        for i, gradient in zip(wanted, made, strict=True):
-            gradients[i] = gradient
-        return None, *gradients
+            found = ctx.predict(latents)
+        wanted = (latents, *ctx.trained) if asks else ctx.trained
+        gradients = torch.autograd.grad(found, wanted, upstream, allow_unused=True)
+        return (None, *gradients) if asks else (None, None, *gradients)
